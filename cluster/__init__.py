@@ -1,0 +1,1 @@
+"""Head, scheduler, block space and frontends. torch is never imported here."""

@@ -1,0 +1,87 @@
+"""An application on Ray: its Head, found by name, and what it takes to start and to end one."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+import ray
+
+from ..protos.config import EngineConfig
+from ..protos.endpoint import Endpoint
+from ..protos.errors import KvartoError, ResourcesError
+from .head import find_head, start_head
+from .launcher.model import load_model_config
+
+STOP_S = 20.0
+
+
+async def locate_head(application: str) -> Endpoint:
+    """Where the Head of `application` listens. Raises `ValueError` where there is none."""
+    head = await asyncio.to_thread(find_head, application)
+    endpoint: Endpoint = await head.endpoint.remote()
+    return endpoint
+
+
+async def wait_until_ready(head: Any) -> None:
+    """Return when all worker groups are ready. Raises the `KvartoError` that one failed with."""
+    while True:
+        try:
+            if await head.wait_ready.remote(5.0):
+                return
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, KvartoError):
+                raise error.cause from None
+            raise
+
+
+async def end_application(head: Any) -> None:
+    """End the ranks and the Head."""
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(head.stop.remote().future()), STOP_S)
+    finally:
+        ray.kill(head, no_restart=True)
+
+
+def start_ray(address: str | None = None) -> bool:
+    """Connect to the cluster at `address`, or start one on this machine. Returns whether one was started. Raises
+    `ResourcesError`."""
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+    except Exception as error:
+        raise ResourcesError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+    return address is None
+
+
+class PrivateApplication:
+    """The Head of one `AsyncLLM`, ended with it. Starts Ray on this machine if no cluster is connected."""
+
+    def __init__(self, name: str, head: Any, owns_ray: bool) -> None:
+        self._name = name
+        self._head = head
+        self._owns_ray = owns_ray
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> PrivateApplication:
+        """Raises `ConfigError` and its kin; nothing is left running then."""
+        model = load_model_config(config.model)
+        owns_ray = await asyncio.to_thread(start_ray)
+        name = f"llm-{uuid.uuid4().hex[:8]}"
+        self = cls(name, start_head(name, config, model), owns_ray)
+        try:
+            await wait_until_ready(self._head)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def locate(self) -> Endpoint:
+        return await locate_head(self._name)
+
+    async def close(self) -> None:
+        await end_application(self._head)
+        if self._owns_ray:
+            await asyncio.to_thread(ray.shutdown)

@@ -1,0 +1,98 @@
+"""A worker group and its frontend in this process: the same messages without Ray and without sockets."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable
+from typing import Protocol
+
+from ...protos.request import FromHead, ToHead
+from ...protos.step import StepPlan, StepResult
+from .transport import GroupFailedError
+
+logger = logging.getLogger(__name__)
+
+OWNER = b"inline"
+
+
+class Rank(Protocol):
+    """The one rank of an inline worker group."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run a step. Raises what the step raises."""
+
+
+class InlineWorkerGroup:
+    """Runs a plan on the loop's own thread when its result is asked for, so that deltas are sent before the next."""
+
+    max_in_flight = 1
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._plan: StepPlan | None = None
+
+    def send(self, plan: StepPlan) -> None:
+        self._plan = plan
+
+    def receive(self) -> list[StepResult]:
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return []
+        try:
+            return [self._rank.execute(plan)]
+        except Exception as error:
+            logger.exception("step %d failed", plan.step_id)
+            raise GroupFailedError(f"step {plan.step_id} failed: {error}") from error
+
+    @property
+    def connected(self) -> bool:
+        return True
+
+    @property
+    def has_result(self) -> bool:
+        return self._plan is not None
+
+    def renew_lease(self) -> None:
+        """Nothing to renew: rank and Head are one process."""
+
+    def close(self) -> None:
+        self._plan = None
+
+
+class InlineTransport:
+    """Queues between the loop's thread and the frontend's. `deliver` is called on the loop's thread."""
+
+    def __init__(self, deliver: Callable[[FromHead], None]) -> None:
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[ToHead | None] = queue.SimpleQueue()
+        self._peeked: list[ToHead] = []
+
+    def submit(self, message: ToHead) -> None:
+        """Hand a message to the loop; may be called from any thread."""
+        self._inbox.put(message)
+
+    def wait(self, timeout_s: float) -> None:
+        try:
+            message = self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        if message is not None:
+            self._peeked.append(message)
+
+    def wake(self) -> None:
+        self._inbox.put(None)
+
+    def receive(self) -> list[tuple[bytes, ToHead]]:
+        messages, self._peeked = self._peeked, []
+        while not self._inbox.empty():
+            if (message := self._inbox.get()) is not None:
+                messages.append(message)
+        return [(OWNER, message) for message in messages]
+
+    def send(self, owner: bytes, message: FromHead) -> bool:  # noqa: ARG002
+        self._deliver(message)
+        return True
+
+    def close(self) -> None:
+        """Nothing to let go of."""

@@ -1,0 +1,194 @@
+"""The Head's event loop: one thread that moves every message between frontends, schedulers and ranks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from ...protos.errors import KvartoError, UnavailableError
+from ...protos.request import (
+    AddRequest,
+    CancelRequest,
+    Delta,
+    DeltaBatch,
+    Ping,
+    Pong,
+    Query,
+    Reply,
+    ToHead,
+)
+from ..metrics import Metrics
+from ..router import pick_group
+from .engine import Engine, News, error_delta
+from .transport import GroupFailedError, Transport
+
+logger = logging.getLogger(__name__)
+
+HOUSEKEEPING_S = 0.5
+"""How often leases are renewed and silent groups are looked for."""
+
+
+class EngineLoop:
+    """Runs until `stop`. `on_group_failed(index, reason)` is told of a dead worker group, on the loop's thread."""
+
+    def __init__(
+        self, transport: Transport, metrics: Metrics, *, on_group_failed: Callable[[int, str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._transport = transport
+        self._metrics = metrics
+        self._on_group_failed = on_group_failed
+        self._clock = clock
+        self._engines: dict[int, Engine] = {}
+        self._joining: dict[int, tuple[Engine, Callable[[], None]]] = {}
+        self._posted: deque[Callable[[], None]] = deque()
+        self._next_housekeeping_s = 0.0
+        self._draining = False
+        self._stopped = False
+        self._num_groups = 0
+
+    @property
+    def _epoch(self) -> int:
+        return max((engine.info.epoch for engine in self._engines.values()), default=0)
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Run `action` on the loop's thread; may be called from any thread."""
+        self._posted.append(action)
+        self._transport.wake()
+
+    def add_group(self, index: int, engine: Engine, on_ready: Callable[[], None]) -> None:
+        """Let a worker group work as soon as its ranks are connected. Call it on the loop's thread (`post`)."""
+        self._joining[index] = engine, on_ready
+        self._num_groups = max(self._num_groups, index + 1)
+
+    def fail_group(self, index: int, reason: str, epoch: int) -> None:
+        """A worker group is gone: its requests end. A report about a former epoch is dropped."""
+        if index in self._joining and self._joining[index][0].info.epoch == epoch:
+            engine = self._joining.pop(index)[0]
+        elif index in self._engines and self._engines[index].info.epoch == epoch:
+            engine = self._engines.pop(index)
+        else:
+            return
+        logger.error("worker group %d is gone: %s", index, reason)
+        self._deliver(engine.fail(reason), epoch)
+        engine.link.close()
+        self._on_group_failed(index, reason)
+
+    def drain(self) -> None:
+        """Take no more requests; those that run may finish."""
+        self._draining = True
+
+    def stop(self) -> None:
+        """End `run` and tell the ranks to end."""
+        self._stopped = True
+        self._transport.wake()
+
+    def run(self) -> None:
+        try:
+            while not self._stopped:
+                self.run_once()
+        finally:
+            for engine in [*self._engines.values(), *(engine for engine, _ in self._joining.values())]:
+                engine.link.close()
+            self._transport.close()
+
+    def run_once(self) -> None:
+        """Wait for something to happen and deal with all that has."""
+        if not any(engine.link.has_result for engine in self._engines.values()):
+            self._transport.wait(max(0.0, self._next_housekeeping_s - self._clock()))
+        while self._posted:
+            self._posted.popleft()()
+        for owner, message in self._transport.receive():
+            self._handle(owner, message)
+        for index in [index for index, (engine, _) in self._joining.items() if engine.link.connected]:
+            self._engines[index], on_ready = self._joining.pop(index)
+            on_ready()
+        for index, engine in list(self._engines.items()):
+            try:
+                news = engine.receive(self._clock())
+                engine.pump(self._clock())
+            except GroupFailedError as error:
+                self.fail_group(index, str(error), engine.info.epoch)
+            else:
+                # The ranks have their next plan before the frontends hear of the last one.
+                self._deliver(news, engine.info.epoch, engine.last_step_id)
+        if self._clock() >= self._next_housekeeping_s:
+            self._keep_house()
+
+    def _handle(self, owner: bytes, message: ToHead) -> None:
+        if isinstance(message, AddRequest):
+            try:
+                self._add(owner, message)
+            except KvartoError as error:
+                self._metrics.requests_failed.inc()
+                self._deliver([(owner, error_delta(message.request_id, error))], self._epoch)
+        elif isinstance(message, CancelRequest):
+            self._cancel(owner, message.request_id, message.seq_index)
+        elif isinstance(message, Query):
+            self._transport.send(owner, Reply(query_id=message.query_id, body=self._answer(message.what)))
+        elif isinstance(message, Ping):
+            reason = self._why_not_ready()
+            self._transport.send(owner, Pong(epoch=self._epoch, ready=not reason, reason=reason))
+
+    def _add(self, owner: bytes, request: AddRequest) -> None:
+        if self._draining:
+            raise UnavailableError("the server is shutting down and takes no more requests")
+        index = pick_group({index: engine.load for index, engine in self._engines.items()})
+        if index is None:
+            raise UnavailableError("no worker group is ready: one is being started, try again in a few seconds")
+        self._engines[index].add(owner, request, self._clock())
+
+    def _cancel(self, owner: bytes, request_id: str, seq_index: int | None = None) -> None:
+        for engine in self._engines.values():
+            engine.scheduler.cancel(owner, request_id, seq_index)
+
+    def _why_not_ready(self) -> str:
+        """By progress, so that load alone never counts; empty when all is well."""
+        if self._draining:
+            return "the server is shutting down"
+        if not self._engines:
+            return "no worker group is ready"
+        stuck = [index for index, engine in self._engines.items() if engine.is_stuck(self._clock())]
+        return f"worker group {stuck[0]} has work and ends no step" if stuck else ""
+
+    def _deliver(self, news: News, epoch: int, step_id: int | None = None) -> None:
+        """One message per frontend with all that a step brought its requests."""
+        by_owner: defaultdict[bytes, list[Delta]] = defaultdict(list)
+        for owner, delta in news:
+            by_owner[owner].append(delta)
+        for owner, deltas in by_owner.items():
+            if not self._transport.send(owner, DeltaBatch(epoch=epoch, step_id=step_id, deltas=deltas)):
+                self._drop_frontend(owner)
+
+    def _drop_frontend(self, owner: bytes) -> None:
+        gone = [group.request.request_id for engine in self._engines.values() for group in engine.scheduler.groups
+                if group.owner == owner]
+        logger.warning("a frontend is gone: cancelling its %d requests", len(gone))
+        for request_id in gone:
+            self._cancel(owner, request_id)
+
+    def _keep_house(self) -> None:
+        self._next_housekeeping_s = self._clock() + HOUSEKEEPING_S
+        for index, engine in list(self._engines.items()):
+            try:
+                engine.link.renew_lease()
+            except GroupFailedError as error:
+                self.fail_group(index, str(error), engine.info.epoch)
+
+    def _answer(self, what: str) -> dict[str, Any]:
+        if what == "info":
+            return {"info": [msgspec.to_builtins(engine.info) for engine in self._engines.values()]}
+        groups = {index: engine.status(self._clock()) for index, engine in self._engines.items()}
+        if what == "metrics":
+            return {"text": self._metrics.render(groups)}
+        return {
+            "draining": self._draining,
+            "num_groups": self._num_groups,
+            "num_groups_alive": len(groups),
+            "groups": {str(index): status for index, status in groups.items()},
+        }

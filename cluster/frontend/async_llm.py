@@ -1,0 +1,206 @@
+"""The asynchronous frontend: the one object that HTTP, gRPC, `LLM` and the command line stand on."""
+
+from __future__ import annotations
+
+import logging
+import random
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any, Self
+
+import msgspec
+
+from ...protos.config import EngineConfig, ServeConfig
+from ...protos.errors import ConfigError, UnavailableError
+from ...protos.request import AddRequest, CancelRequest, DeltaBatch, EngineInfo
+from ...protos.sampling import SamplingParams
+from .. import admission
+from ..frontend_protocol import Health
+from ..outputs import RequestOutput
+from ..text.tokenizer import Tokenizer
+from .client import EngineClient
+from .collect import add_chunk, empty_output
+from .generation_defaults import generation_defaults
+from .prompts import Prompt, tokenize
+from .request_state import RequestState
+
+logger = logging.getLogger(__name__)
+
+
+class AsyncLLM:
+    """Owns its requests: it keeps prompt, parameters and every token received. Belongs to one event loop.
+
+    Made by `AsyncLLM.start(...)` with the fields of `EngineConfig`, or by `connect` to a running application.
+    """
+
+    def __init__(self, config: ServeConfig, tokenizer: Tokenizer, default_sampling: dict[str, Any]) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.default_sampling = default_sampling
+        self._info: EngineInfo | None = None
+        self._requests: dict[str, RequestState] = {}
+        self._client = EngineClient(self._on_deltas, self._on_lost)
+        self._seeds = random.Random(config.seed)
+        self._on_close: list[Any] = []
+        self._closed = False
+
+    @classmethod
+    async def start(cls, model: str, **options: Any) -> Self:
+        """Load `model` with the options of `EngineConfig` and serve it: in this process for one rank, else on Ray.
+
+        Raises `ConfigError` and its kin; nothing is left running then.
+        """
+        return await cls.from_config(ServeConfig.parse({"model": model, **options}))
+
+    @classmethod
+    async def from_config(cls, config: ServeConfig) -> Self:
+        """As `start`, from a configuration that was read already."""
+        on_ray = config.executor == "ray" or (
+            config.executor == "auto" and (config.tensor_parallel_size > 1 or config.num_worker_groups > 1))
+        return await (cls._start_on_ray(config) if on_ray else cls._start_inline(config))
+
+    @classmethod
+    async def _start_inline(cls, config: ServeConfig) -> Self:
+        from .inline_connection import InlineConnection
+
+        tokenizer, default_sampling = _load_text(config)
+        self = cls(config, tokenizer, default_sampling)
+        self._client.connection, _ = await InlineConnection.start(self._client, config)
+        self._info = await self._client.info()
+        return self
+
+    @classmethod
+    async def _start_on_ray(cls, config: ServeConfig) -> Self:
+        from ..application import PrivateApplication
+
+        application = await PrivateApplication.start(config)
+        try:
+            self = await cls.connect(config, application.locate)
+        except BaseException:
+            await application.close()
+            raise
+        self._on_close.append(application.close)
+        return self
+
+    @classmethod
+    async def connect(cls, config: ServeConfig, locate: Any) -> Self:
+        """A frontend of a Head that runs already; `locate()` is awaited for its `Endpoint`."""
+        from .zmq_connection import ZmqConnection
+
+        tokenizer, default_sampling = _load_text(config)
+        self = cls(config, tokenizer, default_sampling)
+        connection = await ZmqConnection.start(self._client, locate)
+        # Several frontends serve the same users: each draws seeds of its own.
+        self._seeds = random.Random(f"{config.seed}/{connection.name}")
+        self._client.connection = connection
+        self._info = await self._client.info()
+        return self
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine said of itself."""
+        if self._info is None:
+            raise ConfigError("this AsyncLLM was not started: use AsyncLLM.start")
+        return self._info
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
+    ) -> RequestState:
+        """Check and submit a request; returns its chunks as an async iterator with `aclose()`, which cancels.
+
+        Raises `InvalidRequestError`, `PromptTooLongError` or `UnavailableError` at the call, before anything is taken.
+        """
+        _, token_ids = tokenize(prompt, self.tokenizer)
+        return self.submit(self.prepare(token_ids, params, request_id=request_id, priority=priority))
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """The request's result as it grows: each item is the whole so far, the last one is `finished`."""
+        text, token_ids = tokenize(prompt, self.tokenizer)
+        request = self.prepare(token_ids, params, request_id=request_id, priority=priority)
+        output = empty_output(request.request_id, text, token_ids, params.n)
+        state = self.submit(request)
+        try:
+            async for chunk in state:
+                add_chunk(output, chunk, self.tokenizer)
+                yield output
+        finally:
+            await state.aclose()
+
+    def prepare(
+        self, token_ids: list[int], params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
+    ) -> AddRequest:
+        """Check a request and give it an id and, where it is to be sampled at random, a seed. Takes nothing."""
+        max_tokens = admission.check(token_ids, params, self.info)
+        if params.max_tokens is None and len(token_ids) + max_tokens < self.info.max_model_len:
+            logger.warning("max_tokens is clamped to %d: more does not fit the KV cache", max_tokens)
+        changes: dict[str, Any] = {"max_tokens": max_tokens}
+        if params.seed is None and not params.greedy:
+            changes["seed"] = self._seeds.getrandbits(63)
+        return AddRequest(
+            request_id=request_id or uuid.uuid4().hex, prompt_token_ids=token_ids,
+            params=msgspec.structs.replace(params, **changes), priority=priority)
+
+    def submit(self, request: AddRequest) -> RequestState:
+        """Send what `prepare` made. Raises `UnavailableError` when there is nobody to send it to."""
+        pong = self._client.last_pong
+        if self._closed or (pong is not None and not pong.ready and not self._requests):
+            raise UnavailableError(pong.reason if pong and not self._closed else "this AsyncLLM is closed")
+        state = RequestState(request, self.tokenizer, cancel=self._cancel, forget=self._forget)
+        self._requests[request.request_id] = state
+        self._client.connection.send(request)
+        return state
+
+    async def status(self) -> dict[str, Any]:
+        """The state of the whole application. Raises `UnavailableError`."""
+        return await self._client.query("status") | {"info": msgspec.to_builtins(self.info)}
+
+    async def metrics(self) -> str:
+        """Prometheus' text format. Raises `UnavailableError`."""
+        return str((await self._client.query("metrics"))["text"])
+
+    def health(self) -> Health:
+        """As of the Head's last answer to a ping."""
+        pong = self._client.last_pong
+        if pong is None:
+            return Health(live=True, ready=False, reason="the Head has not answered yet")
+        return Health(live=not self._closed, ready=pong.ready and not self._closed, reason=pong.reason)
+
+    async def close(self) -> None:
+        """End every request with `UnavailableError` and let go of what was started. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._on_lost("the frontend was closed")
+        await self._client.connection.close()
+        for action in self._on_close:
+            await action()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _on_deltas(self, batch: DeltaBatch) -> None:
+        for delta in batch.deltas:
+            if state := self._requests.get(delta.request_id):
+                state.take(delta)
+
+    def _on_lost(self, reason: str) -> None:
+        for state in list(self._requests.values()):
+            state.fail(UnavailableError(reason))
+
+    def _cancel(self, request_id: str, seq_index: int | None) -> None:
+        self._client.connection.send(CancelRequest(request_id=request_id, seq_index=seq_index))
+
+    def _forget(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
+
+
+def _load_text(config: EngineConfig) -> tuple[Tokenizer, dict[str, Any]]:
+    from ..model_hub import resolve_model
+
+    path = resolve_model(config.model)
+    return Tokenizer.load(path), generation_defaults(path)

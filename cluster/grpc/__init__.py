@@ -1,0 +1,1 @@
+"""The gRPC front: `kvarto.v1.Inference`, health and reflection."""

@@ -1,0 +1,127 @@
+"""The Head: one per application, a named detached Ray actor that owns schedulers, block spaces and worker groups."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+import ray
+
+from ..protos.config import EngineConfig
+from ..protos.endpoint import Endpoint
+from ..protos.errors import KvartoError
+from ..protos.model import ModelConfig
+from .engine.engine import Engine
+from .engine.loop import EngineLoop
+from .engine.zmq_hub import ZmqHub
+from .launcher.on_ray import NAMESPACE, PlacedGroup, end_ranks_of, launch_group
+from .metrics import Metrics
+from .resolve import resolve
+from .supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+MAX_CALLS = 16
+"""Calls that the actor answers at once: frontends ask for the endpoint while `start` waits for the ranks."""
+
+
+class _Group:
+    """A placed group together with its engine, as the supervisor wants it."""
+
+    def __init__(self, placed: PlacedGroup, engine: Engine) -> None:
+        self.engine = engine
+        self.dead_ranks = placed.dead_ranks
+        self.end = placed.end
+
+
+class Head:
+    """Made an actor by `start_head`. Lives until `stop`; restarted by Ray when it dies, it ends the ranks of its
+    former self and starts anew."""
+
+    def __init__(self, application: str, config: EngineConfig, model: ModelConfig) -> None:
+        logging.basicConfig(level=logging.INFO)
+        end_ranks_of(application)
+        self._application = application
+        self._resolved = resolve(config, model, has_cuda=bool(ray.cluster_resources().get("GPU")))
+        self._metrics = Metrics()
+        self._hub = ZmqHub(ray.util.get_node_ip_address(), min_port=config.min_port, max_port=config.max_port)
+        self._loop = EngineLoop(self._hub, self._metrics, on_group_failed=self._on_group_failed)
+        self._thread = threading.Thread(target=self._loop.run, name="engine-loop", daemon=True)
+        self._thread.start()
+        self._supervisor = Supervisor(self._bring_up, self._loop, config.num_worker_groups)
+        self._pids: dict[int, list[int]] = {}
+        self._started = threading.Event()
+        self._error: BaseException | None = None
+        threading.Thread(target=self._start, name="start", daemon=True).start()
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Whether all worker groups are ready, after waiting up to `timeout_s`. Raises what a group failed with at its
+        first start."""
+        self._started.wait(timeout_s)
+        if self._error is not None:
+            raise self._error
+        return self._started.is_set()
+
+    def endpoint(self) -> Endpoint:
+        """Where frontends connect to."""
+        return self._hub.frontend_endpoint
+
+    def rank_pids(self) -> list[int]:
+        """Process ids of the ranks of every worker group, in group and rank order."""
+        return [pid for index in sorted(self._pids) for pid in self._pids[index]]
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        self._loop.post(self._loop.drain)
+
+    def stop(self) -> None:
+        """End the ranks and the loop. The actor itself is killed by whoever called."""
+        self._supervisor.stop()
+        self._loop.stop()
+        self._thread.join()
+
+    def _start(self) -> None:
+        try:
+            self._supervisor.start()
+        except Exception as error:
+            self._error = error if isinstance(error, KvartoError) else KvartoError(f"{type(error).__name__}: {error}")
+        self._started.set()
+
+    def _on_group_failed(self, index: int, reason: str) -> None:
+        self._supervisor.on_group_failed(index, reason)
+
+    def _bring_up(self, index: int, epoch: int) -> _Group:
+        started = time.monotonic()
+        placed = launch_group(self._resolved, self._application, index, epoch)
+        try:
+            blocks = self._resolved.blocks(placed.ready)
+            placed.run(blocks, self._hub.rank_endpoint)
+            link = self._hub.link(epoch, placed.identities)
+            engine = self._resolved.engine(placed.ready, blocks, link, epoch, self._metrics)
+        except BaseException:
+            placed.end()
+            raise
+        self._pids[index] = [ready.pid for ready in placed.ready]
+        logger.info("worker group %d (epoch %d) is up after %.1f s: ranks %s, kernels %s", index, epoch,
+                    time.monotonic() - started, self._pids[index], placed.ready[0].kernels)
+        return _Group(placed, engine)
+
+
+def head_name(application: str) -> str:
+    return f"{application}/head"
+
+
+def start_head(application: str, config: EngineConfig, model: ModelConfig) -> Any:
+    """The Head of `application`: the living one, or a new one. Returns the actor handle at once; `wait_ready` waits."""
+    actor_class: Any = ray.remote(Head)
+    return actor_class.options(
+        name=head_name(application), namespace=NAMESPACE, lifetime="detached", get_if_exists=True, max_restarts=-1,
+        max_task_retries=-1, num_cpus=0, max_concurrency=MAX_CALLS,
+    ).remote(application, config, model)
+
+
+def find_head(application: str) -> Any:
+    """The living Head of `application`. Raises `ValueError` if there is none."""
+    return ray.get_actor(head_name(application), namespace=NAMESPACE)

@@ -1,0 +1,78 @@
+"""From a configuration and a model's files to the numbers that every process works with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ..protos.config import EngineConfig
+from ..protos.errors import ConfigError
+from ..protos.model import ModelConfig
+from ..protos.request import EngineInfo
+from ..protos.step import RankConfig, RankReady
+from .block_space import BlockSpace
+from .block_space.sizing import num_blocks
+from .engine.engine import Engine
+from .engine.transport import WorkerGroupLink
+from .metrics import Metrics
+from .scheduler import Scheduler, SchedulerLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration with every default decided."""
+
+    config: EngineConfig
+    model: ModelConfig
+    device: str
+    dtype: str
+    max_model_len: int
+    threads_per_rank: int
+
+    def rank_config(self, rank: int, epoch: int) -> RankConfig:
+        config = self.config
+        return RankConfig(
+            model=self.model, dtype=self.dtype, device=self.device, tp_size=config.tensor_parallel_size, rank=rank,
+            epoch=epoch, block_size=config.block_size, max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
+            num_threads=self.threads_per_rank, step_timeout_s=config.step_timeout_s, lease_s=config.lease_s)
+
+    def blocks(self, ranks: list[RankReady]) -> list[int]:
+        """Usable blocks per KV group. Raises `ResourcesError`."""
+        return num_blocks(self.config, ranks, self.max_model_len, self.device)
+
+    def engine(
+        self, ranks: list[RankReady], blocks: list[int], link: WorkerGroupLink, epoch: int, metrics: Metrics
+    ) -> Engine:
+        """The engine of a worker group whose ranks are ready."""
+        config = self.config
+        space = BlockSpace(ranks[0].kv_groups, blocks, config.block_size)
+        info = EngineInfo(
+            epoch=epoch, max_model_len=self.max_model_len, vocab_size=self.model.vocab_size,
+            max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
+            kv_capacity_tokens=space.capacity_tokens, block_size=config.block_size, num_blocks=min(blocks),
+            kernels=ranks[0].kernels, dtype=self.dtype, tp_size=config.tensor_parallel_size,
+            num_groups=config.num_worker_groups)
+        scheduler = Scheduler(
+            space, SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens), epoch=epoch,
+            eos_token_ids=frozenset(self.model.eos_token_ids))
+        return Engine(scheduler, link, info, metrics, async_scheduling=config.async_scheduling,
+                      step_timeout_s=config.step_timeout_s)
+
+
+def resolve(config: EngineConfig, model: ModelConfig, *, has_cuda: bool) -> Resolved:
+    """Decide every default. Raises `ConfigError` where configuration and model do not go together."""
+    if config.tensor_parallel_size > model.num_heads:
+        raise ConfigError(
+            f"tensor_parallel_size={config.tensor_parallel_size} is above the model's {model.num_heads} query heads")
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError("device='cuda', but there is no CUDA device: use device='cpu'")
+    if config.max_model_len and config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(f"max_model_len={config.max_model_len} is above what the model was made for "
+                          f"({model.max_position_embeddings} positions)")
+    device = config.device if config.device != "auto" else "cuda" if has_cuda else "cpu"
+    cores = len(os.sched_getaffinity(0))
+    return Resolved(
+        config=config, model=model, device=device, dtype=model.torch_dtype if config.dtype == "auto" else config.dtype,
+        max_model_len=config.max_model_len or model.max_position_embeddings,
+        threads_per_rank=config.threads_per_rank or max(1, cores // config.tensor_parallel_size))

@@ -1,0 +1,90 @@
+// What crosses the C ABI, and what the drivers (built once, no special flags) ask of the
+// kernels (built once per instruction set). Plain data only: an inline function or template
+// shared by both sides would be merged by the linker, perhaps into the AVX-512 copy.
+#pragma once
+
+#include <cstdint>
+
+#define KVARTO_ABI_VERSION 1
+
+enum KvartoDtype : int32_t { KVARTO_F32 = 0, KVARTO_BF16 = 1, KVARTO_F16 = 2, KVARTO_NUM_DTYPES = 3 };
+
+enum KvartoStatus : int32_t {
+  KVARTO_OK = 0,
+  KVARTO_NO_MEMORY = 1,
+  KVARTO_BAD_QUERY_START_LOC = 2,  // detail: the sequence whose entry decreases or ends outside
+  KVARTO_BAD_KV_LEN = 3,           // detail: the sequence
+  KVARTO_BAD_BLOCK_ID = 4,         // detail: the sequence
+  KVARTO_BAD_SLOT = 5,             // detail: the token
+};
+
+// cache: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous.
+struct KvartoCache {
+  void* data;
+  int64_t num_blocks, num_layers, num_kv_heads, block_size, head_dim;
+};
+
+// query [num_tokens, num_heads, head_dim], rows query_stride elements apart; out contiguous.
+struct KvartoAttention {
+  KvartoCache cache;
+  const void* query;
+  void* out;
+  const int32_t* block_tables;     // [num_seqs, max_blocks]
+  const int32_t* query_start_loc;  // [num_seqs + 1]
+  const int32_t* kv_lens;          // [num_seqs]
+  int64_t num_tokens, num_seqs, max_blocks, num_heads, query_stride, layer;
+  float scale;
+  int32_t dtype, isa, num_threads;
+};
+
+// x [m, k] of x_dtype with rows x_stride elements apart; packed holds [n, k] of weight_dtype.
+struct KvartoLinear {
+  const void* x;
+  const void* packed;
+  const float* bias;  // [n] or null
+  void* out;          // [m, n] of x_dtype, contiguous
+  int64_t m, n, k, x_stride;
+  int32_t x_dtype, weight_dtype, isa, num_threads;
+};
+
+namespace kvarto {
+
+// KV rows are folded in chunks of CHUNK rows and, inside a chunk, in tiles of TILE rows, both
+// counted from row 0 of the sequence. A query's arithmetic therefore depends on nothing but the
+// number of rows it sees.
+constexpr int64_t CHUNK = 512;
+constexpr int64_t TILE = 32;
+// Columns of a weight that are packed side by side.
+constexpr int64_t PANEL = 32;
+constexpr int64_t DIM_ALIGN = 16;
+// A record is one query row's softmax state over a range of KV rows: max, sum, then (from
+// RECORD_HEAD) the weighted sum of V.
+constexpr int64_t RECORD_HEAD = 16;
+
+// Some consecutive queries of one sequence, all heads of one KV head, over some chunks.
+// Row r of the tile is query r / group, head r % group of that KV head.
+struct AttentionTile {
+  const int32_t* block_table;
+  int64_t first_token;    // row of query and out
+  int64_t num_queries;
+  int64_t first_visible;  // KV rows seen by the first query; each later one sees one more
+  int64_t kv_head;
+  int64_t chunk_begin, chunk_end;
+  float* partial;         // records of chunk_begin, [rows, record]; null: fold and write out
+};
+
+struct AttentionKernels {
+  void (*attend[KVARTO_NUM_DTYPES])(const KvartoAttention&, const AttentionTile&, float* scratch);
+  // Folds the partial records of all chunks, in order, and writes out.
+  void (*combine[KVARTO_NUM_DTYPES])(const KvartoAttention&, const AttentionTile&, float* scratch);
+};
+
+struct LinearKernels {
+  int64_t width;  // float lanes: fixes how 16-bit columns interleave inside a panel
+  void (*to_float[KVARTO_NUM_DTYPES])(const void* x, int64_t count, float* out);
+  // One panel times x rows [m_begin, m_end); x is float32 with rows x_stride apart.
+  void (*panel[KVARTO_NUM_DTYPES])(const KvartoLinear&, const float* x, int64_t x_stride, int64_t panel,
+                                   int64_t m_begin, int64_t m_end, float* scratch);
+};
+
+}  // namespace kvarto

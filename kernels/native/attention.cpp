@@ -1,0 +1,123 @@
+// Cuts a ragged batch into tiles of about equal work and shares them out among threads.
+#include <omp.h>
+
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+
+namespace kvarto {
+namespace {
+
+constexpr int64_t TARGET_ROWS = 48;  // query rows of a tile: they share each load of K and V
+constexpr int64_t SCORE_ROWS = 8;    // at least any instruction set's MAX_QUERY_ROWS
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Job {
+  AttentionTile tile;
+  int64_t work;
+};
+
+// Grows, never shrinks, so that a step does not pay for fresh pages.
+float* reserve(std::vector<float>& memory, int64_t size) {
+  if ((int64_t)memory.size() < size) memory.resize(size);
+  return memory.data();
+}
+
+int32_t check(const KvartoAttention& call, int64_t* detail) {
+  const int32_t* start = call.query_start_loc;
+  for (int64_t s = 0; s < call.num_seqs; ++s) {
+    *detail = s;
+    const int64_t num_queries = (int64_t)start[s + 1] - start[s];
+    if (num_queries < 0 || (s == 0 && start[0] != 0)) return KVARTO_BAD_QUERY_START_LOC;
+    const int64_t num_blocks = divide_up(call.kv_lens[s], call.cache.block_size);
+    if (call.kv_lens[s] < num_queries || num_blocks > call.max_blocks) return KVARTO_BAD_KV_LEN;
+    if (num_queries == 0) continue;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const int32_t block_id = call.block_tables[s * call.max_blocks + b];
+      if (block_id < 0 || block_id >= call.cache.num_blocks) return KVARTO_BAD_BLOCK_ID;
+    }
+  }
+  *detail = call.num_seqs - 1;
+  return start[call.num_seqs] == call.num_tokens ? KVARTO_OK : KVARTO_BAD_QUERY_START_LOC;
+}
+
+std::vector<Job> cut(const KvartoAttention& call, int64_t tile_queries) {
+  std::vector<Job> jobs;
+  for (int64_t s = 0; s < call.num_seqs; ++s) {
+    const int64_t begin = call.query_start_loc[s], end = call.query_start_loc[s + 1];
+    for (int64_t first = begin; first < end; first += tile_queries) {
+      const int64_t num_queries = std::min(tile_queries, end - first);
+      const int64_t first_visible = call.kv_lens[s] - (end - first) + 1;
+      const int64_t last_visible = first_visible + num_queries - 1;
+      for (int64_t head = 0; head < call.cache.num_kv_heads; ++head)
+        jobs.push_back({{call.block_tables + s * call.max_blocks, first, num_queries, first_visible, head, 0,
+                         divide_up(last_visible, CHUNK), nullptr},
+                        num_queries * last_visible});
+    }
+  }
+  return jobs;
+}
+
+void run(const KvartoAttention& call, const AttentionKernels& kernels) {
+  const int64_t group = call.num_heads / call.cache.num_kv_heads;
+  const int64_t padded_dim = divide_up(call.cache.head_dim, DIM_ALIGN) * DIM_ALIGN, record = RECORD_HEAD + padded_dim;
+  const int64_t tile_queries = std::max<int64_t>(1, TARGET_ROWS / group), max_rows = tile_queries * group;
+
+  std::vector<Job> tiles = cut(call, tile_queries), jobs, split;
+  int64_t total = 0, partial_size = 0;
+  for (const Job& job : tiles) total += job.work;
+  // A tile that is too large a share of the work is cut at chunk borders. That changes who computes
+  // a chunk, not what is computed.
+  const int64_t share = total / (4 * call.num_threads);
+  auto is_split = [&](const Job& job) {
+    return call.num_threads > 1 && job.tile.chunk_end > 1 && job.work > share;
+  };
+  for (const Job& job : tiles)
+    if (is_split(job)) partial_size += job.tile.chunk_end * job.tile.num_queries * group * record;
+
+  static thread_local std::vector<float> partial_memory, scratch_memory;
+  float* partial = reserve(partial_memory, partial_size);
+  for (const Job& job : tiles) {
+    if (!is_split(job)) {
+      jobs.push_back(job);
+      continue;
+    }
+    split.push_back(job);
+    split.back().tile.partial = partial;
+    for (int64_t chunk = 0; chunk < job.tile.chunk_end; ++chunk) {
+      jobs.push_back({job.tile, job.work / job.tile.chunk_end});
+      jobs.back().tile.chunk_begin = chunk, jobs.back().tile.chunk_end = chunk + 1;
+      jobs.back().tile.partial = partial;
+      partial += job.tile.num_queries * group * record;
+    }
+  }
+  std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.work > b.work; });
+
+  const int64_t scratch_size = max_rows * (padded_dim + 2 * record) + SCORE_ROWS * TILE + 2 * TILE * padded_dim;
+  const int64_t num_jobs = jobs.size(), num_split = split.size();
+  const int threads = (int)std::max<int64_t>(1, std::min<int64_t>(call.num_threads, num_jobs));
+  float* scratch = reserve(scratch_memory, scratch_size * threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* mine = scratch + omp_get_thread_num() * scratch_size;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_jobs; ++i) kernels.attend[call.dtype](call, jobs[i].tile, mine);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_split; ++i) kernels.combine[call.dtype](call, split[i].tile, mine);
+  }
+}
+
+}  // namespace
+}  // namespace kvarto
+
+extern "C" int32_t kvarto_paged_attention(const KvartoAttention* call, int64_t* detail) try {
+  const int32_t status = kvarto::check(*call, detail);
+  if (status != KVARTO_OK) return status;
+  kvarto::run(*call, *kvarto::find_isa(call->isa)->attention);
+  return KVARTO_OK;
+} catch (const std::bad_alloc&) {
+  return KVARTO_NO_MEMORY;
+}

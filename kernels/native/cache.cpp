@@ -1,0 +1,31 @@
+// Writes a step's K and V into their slots.
+#include <cstring>
+
+#include "isa.h"
+
+extern "C" int32_t kvarto_write_kv(const KvartoCache* cache, const void* key, const void* value,
+                                   const int64_t* slot_mapping, int64_t num_tokens, int64_t key_stride,
+                                   int64_t value_stride, int64_t layer, int32_t dtype, int32_t num_threads,
+                                   int64_t* detail) {
+  const int64_t size = kvarto::element_size(dtype), row = cache->head_dim * size;
+  const int64_t head = cache->block_size * row, side = cache->num_kv_heads * head;
+  const int64_t block = cache->num_layers * 2 * side, num_slots = cache->num_blocks * cache->block_size;
+  for (int64_t t = 0; t < num_tokens; ++t)
+    if (slot_mapping[t] < 0 || slot_mapping[t] >= num_slots) {
+      *detail = t;
+      return KVARTO_BAD_SLOT;
+    }
+  char* data = (char*)cache->data + layer * 2 * side;
+  const bool parallel = num_threads > 1 && num_tokens * cache->num_kv_heads * row > 256 * 1024;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    char* out = data + slot_mapping[t] / cache->block_size * block + slot_mapping[t] % cache->block_size * row;
+    const char* key_in = (const char*)key + t * key_stride * size;
+    const char* value_in = (const char*)value + t * value_stride * size;
+    for (int64_t h = 0; h < cache->num_kv_heads; ++h, out += head, key_in += row, value_in += row) {
+      memcpy(out, key_in, row);
+      memcpy(out + side, value_in, row);
+    }
+  }
+  return KVARTO_OK;
+}

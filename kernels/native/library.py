@@ -1,0 +1,130 @@
+"""Loads libkvarto_kernels.so and mirrors its C ABI (`abi.h`) for ctypes, which releases the interpreter lock."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# First, so that our library binds to the OpenMP runtime that torch brings and both share its threads.
+import torch  # noqa: F401
+
+from .build import LIBRARY_NAME
+
+if TYPE_CHECKING:
+    from ctypes import _Pointer
+
+ABI_VERSION = 1
+LIBRARY_PATH = Path(__file__).resolve().parent / LIBRARY_NAME
+HOW_TO_BUILD = (
+    "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
+    "or `python -m kvarto.kernels.native.build` in a checkout"
+)
+
+
+class NativeCache(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("num_blocks", c_int64),
+        ("num_layers", c_int64),
+        ("num_kv_heads", c_int64),
+        ("block_size", c_int64),
+        ("head_dim", c_int64),
+    ]
+
+
+class NativeAttention(ctypes.Structure):
+    _fields_ = [
+        ("cache", NativeCache),
+        ("query", c_void_p),
+        ("out", c_void_p),
+        ("block_tables", c_void_p),
+        ("query_start_loc", c_void_p),
+        ("kv_lens", c_void_p),
+        ("num_tokens", c_int64),
+        ("num_seqs", c_int64),
+        ("max_blocks", c_int64),
+        ("num_heads", c_int64),
+        ("query_stride", c_int64),
+        ("layer", c_int64),
+        ("scale", c_float),
+        ("dtype", c_int32),
+        ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+class NativeLinear(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("packed", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("m", c_int64),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("x_stride", c_int64),
+        ("x_dtype", c_int32),
+        ("weight_dtype", c_int32),
+        ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+class NativeLibrary:
+    """The library's functions, typed, and the instruction sets that it and this processor share.
+
+    Functions that check their input return a status of `abi.h` and leave the offending index in `detail`.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        detail: type[_Pointer[c_int64]] = POINTER(c_int64)
+        self.write_kv = library.kvarto_write_kv
+        self.write_kv.argtypes = [POINTER(NativeCache), c_void_p, c_void_p, c_void_p]
+        self.write_kv.argtypes += [c_int64, c_int64, c_int64, c_int64, c_int32, c_int32, detail]
+        self.paged_attention = library.kvarto_paged_attention
+        self.paged_attention.argtypes = [POINTER(NativeAttention), detail]
+        self.linear = library.kvarto_linear
+        self.linear.argtypes = [POINTER(NativeLinear)]
+        self.pack_linear = library.kvarto_pack_linear
+        self.pack_linear.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p]
+        self.pack_linear.restype = None
+        self.packed_elements = library.kvarto_packed_elements
+        self.packed_elements.argtypes = [c_int64, c_int64]
+        self.packed_elements.restype = c_int64
+        self.isas = _runnable_isas(library)
+
+
+def _runnable_isas(library: ctypes.CDLL) -> dict[str, int]:
+    """Name of the backend ("native-avx2") -> number in the library, best last."""
+    library.kvarto_isa_name.restype = c_char_p
+    isas = {}
+    for number in range(library.kvarto_num_isas()):
+        if name := library.kvarto_isa_name(number):
+            isas["native-" + name.decode().replace("_", "-")] = number
+    return isas
+
+
+@functools.cache
+def load_library() -> NativeLibrary | None:
+    """The native kernels, or None, after one warning that says what to do, where they cannot be used."""
+    problem = f"{LIBRARY_PATH} does not exist"
+    if LIBRARY_PATH.exists():
+        try:
+            library = ctypes.CDLL(str(LIBRARY_PATH))
+            found = library.kvarto_abi_version()
+        except (OSError, AttributeError) as error:
+            problem = f"{LIBRARY_PATH} cannot be loaded ({error})"
+        else:
+            if found == ABI_VERSION:
+                return NativeLibrary(library)
+            problem = f"{LIBRARY_PATH} has ABI version {found}, this kvarto needs {ABI_VERSION}"
+    warnings.warn(
+        f"kvarto runs WITHOUT its native CPU kernels, many times slower: {problem}. To get them, {HOW_TO_BUILD}.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None

@@ -1,0 +1,88 @@
+// Packs weights into panels and shares panels x row blocks out among threads.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+
+namespace kvarto {
+namespace {
+
+constexpr int64_t ROW_BLOCK = 192;       // rows of x per widened piece of a panel
+constexpr int64_t WIDENED_FLOATS = 128 * PANEL;  // linear_isa.cpp: DEPTH * PANEL
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where column c of a panel row lies; see load_pair in simd_*.inc.
+int64_t column_place(int64_t c, int64_t width, int32_t dtype) {
+  if (dtype != KVARTO_BF16) return c;
+  const int64_t pair = c / (2 * width), within = c % (2 * width);
+  return pair * 2 * width + within % width * 2 + within / width;
+}
+
+template <class T>
+void pack(const T* weight, int64_t n, int64_t k, int64_t stride, int64_t width, int32_t dtype, T* packed) {
+  const int64_t num_panels = divide_up(n, PANEL);
+#pragma omp parallel for schedule(static)
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    T* out = packed + panel * k * PANEL;
+    for (int64_t c = 0; c < PANEL; ++c) {
+      const int64_t place = column_place(c, width, dtype), column = panel * PANEL + c;
+      for (int64_t i = 0; i < k; ++i) out[i * PANEL + place] = column < n ? weight[column * stride + i] : T(0);
+    }
+  }
+}
+
+void run(const KvartoLinear& call, const LinearKernels& kernels) {
+  const int64_t num_panels = divide_up(call.n, PANEL), num_blocks = divide_up(call.m, ROW_BLOCK);
+  const int64_t num_jobs = num_panels * num_blocks, block = divide_up(call.m, std::max<int64_t>(num_blocks, 1));
+  // An odd multiple of a cache line keeps rows out of each other's cache sets.
+  const int64_t x_stride = divide_up(call.k, 16) * 16 + 16;
+  const int64_t scratch_size = block * PANEL + WIDENED_FLOATS, x_size = call.m * x_stride;
+  const int threads = (int)std::max<int64_t>(1, std::min<int64_t>(call.num_threads, num_jobs));
+
+  static thread_local std::vector<float> memory;
+  const int64_t needed = x_size + threads * scratch_size;
+  if ((int64_t)memory.size() < needed) memory.resize(needed);
+  float *x = memory.data(), *scratch = x + x_size;
+  const char* source = (const char*)call.x;
+  const int64_t source_stride = call.x_stride * element_size(call.x_dtype);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* mine = scratch + omp_get_thread_num() * scratch_size;
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < call.m; ++m) kernels.to_float[call.x_dtype](source + m * source_stride, call.k, x + m * x_stride);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t job = 0; job < num_jobs; ++job) {
+      const int64_t m = job % num_blocks * block;
+      kernels.panel[call.weight_dtype](call, x, x_stride, job / num_blocks, m, std::min(m + block, call.m), mine);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvarto
+
+extern "C" {
+
+int64_t kvarto_packed_elements(int64_t n, int64_t k) { return kvarto::divide_up(n, kvarto::PANEL) * kvarto::PANEL * k; }
+
+void kvarto_pack_linear(const void* weight, int64_t n, int64_t k, int64_t stride, int32_t dtype, int32_t isa,
+                        void* packed) {
+  const int64_t width = kvarto::find_isa(isa)->linear->width;
+  if (dtype == KVARTO_F32)
+    kvarto::pack((const uint32_t*)weight, n, k, stride, width, dtype, (uint32_t*)packed);
+  else
+    kvarto::pack((const uint16_t*)weight, n, k, stride, width, dtype, (uint16_t*)packed);
+}
+
+int32_t kvarto_linear(const KvartoLinear* call) try {
+  kvarto::run(*call, *kvarto::find_isa(call->isa)->linear);
+  return KVARTO_OK;
+} catch (const std::bad_alloc&) {
+  return KVARTO_NO_MEMORY;
+}
+}

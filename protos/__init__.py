@@ -1,0 +1,1 @@
+"""Contracts that cross a process boundary. Nothing here imports another kvarto folder."""

@@ -1,0 +1,107 @@
+"""The one configuration object: the same names in `LLM(...)`, command-line flags, YAML files and Helm values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class EngineConfig(BaseModel):
+    """How a model is held and scheduled. Frozen; unknown keys are refused. Build it with `EngineConfig.parse`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+
+    model: str = Field(min_length=1, description="Directory in Hugging Face format, `.gguf` file, hub id or alias.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of weights, activations and KV cache; auto: as saved in the model's files.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+    executor: Literal["auto", "inline", "ray"] = Field(
+        "auto", description="inline: in this process; auto: inline for one rank, else ray. `kvarto serve` uses ray.")
+    tensor_parallel_size: Positive = Field(1, description="Ranks that share one copy of the model.")
+    num_worker_groups: Positive = Field(1, description="Copies of the model, each a tensor-parallel worker group.")
+    max_model_len: Positive | None = Field(
+        None, description="Most tokens of a sequence, prompt and output; default: what the model was made for.")
+    block_size: Positive = Field(16, description="Tokens of a KV-cache block; a power of two from 8 to 128.")
+    num_blocks: Positive | None = Field(
+        None, description="KV-cache blocks of a worker group; default: what the memory that may be used allows.")
+    kv_cache_memory_bytes: Positive | None = Field(
+        None, description="Most memory of one rank's KV pool; default: half of what is left after the weights.")
+    max_num_seqs: Positive = Field(256, description="Most sequences in one step.")
+    max_num_batched_tokens: Positive = Field(
+        2048, description="Most tokens in one step: longer prompts are prefilled in chunks of it.")
+    async_scheduling: bool = Field(True, description="Plan step t+1 before the result of step t is back.")
+    seed: int = Field(0, description="From which requests without a seed of their own draw theirs.")
+    cpus_per_rank: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="CPUs that Ray reserves per rank, may be a fraction; default: an even share, at most 1.")
+    threads_per_rank: Positive | None = Field(
+        None, description="CPU threads a rank computes with; default: the cores it may use, shared among its ranks.")
+    placement_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="How long to wait for Ray to place a worker group before it is an error.")
+    step_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        120.0, description="A step or a collective that takes longer means that its worker group is dead.")
+    lease_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="A rank that does not hear from its Head for so long ends itself.")
+    min_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
+        None, description="First port for the processes' own sockets; default: any free one.")
+    max_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(None, description="Last of these ports.")
+
+    @field_validator("block_size")
+    @classmethod
+    def _block_size_is_a_power_of_two(cls, value: int) -> int:
+        if value not in (8, 16, 32, 64, 128):
+            raise ValueError(f"must be 8, 16, 32, 64 or 128, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _values_go_together(self) -> Self:
+        if (self.min_port is None) != (self.max_port is None):
+            raise ValueError("min_port and max_port go together: set both or none")
+        if self.min_port is not None and self.max_port is not None and self.max_port < self.min_port:
+            raise ValueError(f"max_port ({self.max_port}) is below min_port ({self.min_port})")
+        if self.executor == "inline" and self.tensor_parallel_size > 1:
+            raise ValueError("executor='inline' runs one rank: use executor='ray' with tensor_parallel_size > 1")
+        if self.executor == "inline" and self.num_worker_groups > 1:
+            raise ValueError("executor='inline' runs one worker group: use executor='ray' for num_worker_groups > 1")
+        return self
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> Self:
+        """Validate `values`. Raises `ConfigError` that names every offending key."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, cls)) from None
+
+
+class ServeConfig(EngineConfig):
+    """`EngineConfig` and how the server is reached. What `kvarto serve` and `kvarto:build_app` take."""
+
+    served_model_name: str | None = Field(None, description="Name that requests use; default: `model` as given.")
+    host: str = Field("127.0.0.1", description="Address that the HTTP and gRPC servers listen on.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="HTTP port; 0: any free one.")
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        9000, description="gRPC port; 0: any free one; null: no gRPC server.")
+    api_key: str | None = Field(None, description="Key that every request must bear; default: none is asked for.")
+    num_frontends: Positive = Field(1, description="Ray Serve replicas that tokenize and stream.")
+    drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="How long running requests may take to finish after SIGTERM.")
+
+    @property
+    def public_name(self) -> str:
+        return self.served_model_name or self.model
+
+
+def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "configuration"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown configuration key '{key}'; known keys: {', '.join(sorted(cls.model_fields))}")
+        else:
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
+    return "; ".join(lines)

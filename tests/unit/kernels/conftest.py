@@ -1,0 +1,32 @@
+"""Fixtures of the kernel tests: every test that takes `backend` runs on each backend of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from kvarto.kernels import available_backends
+
+NATIVE = [name for name in available_backends() if name.startswith("native-")]
+
+
+@pytest.fixture(params=available_backends())
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("KVARTO_KERNELS", request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=NATIVE)
+def native_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("KVARTO_KERNELS", request.param)
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """The same random numbers for every test, and the thread count as it was."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,143 @@
+"""Three real processes over gloo, each told what to do on its standard input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kvarto.protos.errors import ResourcesError, UnavailableError
+from kvarto.worker.collectives import SingleRank, connect, serve_store
+
+WORLD = 3
+SCRIPT = """
+import json, sys, time
+import torch
+torch.set_num_threads(1)
+from kvarto.protos.errors import UnavailableError
+from kvarto.worker.collectives import connect, serve_store
+rank, world = int(sys.argv[1]), int(sys.argv[2])
+if rank == 0:
+    store, port = serve_store("127.0.0.1")
+print(port if rank == 0 else 0, flush=True)
+comm = connect(rank, world, "127.0.0.1", int(sys.stdin.readline()), torch.device("cpu"), timeout_s=4.0)
+
+def bits(tensor):
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16).tolist()
+
+def own(rank, dtype, rows=7):
+    return torch.randn(rows, 33, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+report = {"rank": comm.rank, "world_size": comm.world_size}
+for name in ("float32", "bfloat16", "float16"):
+    dtype = getattr(torch, name)
+    tensor = own(rank, dtype)
+    result = comm.all_reduce(tensor)
+    report[name] = bits(result)
+    report[name + "_in_place"] = result is tensor
+    first = comm.all_reduce(own(rank, dtype)[:1].clone())
+    report[name + "_first_row"] = bits(first)
+report["gathered"] = comm.all_gather_rows(torch.full((2, 2), rank)).tolist()
+report["broadcast"] = comm.broadcast(torch.full((2,), rank), src=1).tolist()
+print(json.dumps(report), flush=True)
+sys.stdin.readline()
+start = time.monotonic()
+if rank != 1:  # rank 1 lives, and does not take part
+    try:
+        comm.all_reduce(torch.ones(3))
+        print("no error", flush=True)
+    except UnavailableError as error:
+        comm.close()
+        print(json.dumps({"seconds": time.monotonic() - start, "message": error.message}), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    environment = {**os.environ, "PYTHONPATH": ":".join(path for path in sys.path if path)}
+    processes = [subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(WORLD)], env=environment, text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE) for rank in range(WORLD)]
+    ports = [line(process) for process in processes]
+    for process in processes:
+        tell(process, ports[0])
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def reports(ranks):
+    return [json.loads(line(process)) for process in ranks]
+
+
+def line(process) -> str:
+    return process.stdout.readline().strip()
+
+
+def tell(process, text: str) -> None:
+    process.stdin.write(text + "\n")
+    process.stdin.flush()
+
+
+def own(rank: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(7, 33, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_all_reduce_gives_the_same_bits_on_every_rank(reports, name):
+    assert reports[0][name] == reports[1][name] == reports[2][name]
+    assert all(report[f"{name}_in_place"] for report in reports)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_half_precision_is_summed_in_float32(reports, name):
+    dtype = getattr(torch, name)
+    exact = sum(own(rank, dtype).float() for rank in range(WORLD)).to(dtype)
+    assert torch.equal(torch.tensor(reports[0][name], dtype=torch.int16).view(dtype), exact)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_bits_of_a_row_do_not_depend_on_the_other_rows(reports, name):
+    assert reports[0][name][:1] == reports[0][f"{name}_first_row"]
+
+
+def test_all_gather_rows_and_broadcast(reports):
+    for report in reports:
+        assert report["gathered"] == [[[rank] * 2] * 2 for rank in range(WORLD)]
+        assert report["broadcast"] == [1, 1]
+
+
+def test_a_rank_that_does_not_answer_ends_in_an_error_at_the_deadline(ranks, reports):
+    assert len(reports) == WORLD
+    for process in ranks:
+        tell(process, "")
+    for process in (ranks[0], ranks[2]):
+        answer = json.loads(line(process))
+        assert answer["seconds"] < 10
+        assert "the worker group must be started again" in answer["message"]
+
+
+def test_a_group_that_does_not_come_together_is_an_error():
+    store, port = serve_store("127.0.0.1")
+    with pytest.raises(UnavailableError, match="rank 0 of 2 could not join"):
+        connect(0, 2, "127.0.0.1", port, torch.device("cpu"), timeout_s=0.5)
+    del store
+
+
+def test_a_port_in_use_is_an_error():
+    store, port = serve_store("127.0.0.1")
+    with pytest.raises(ResourcesError, match=f"127.0.0.1:{port}"):
+        serve_store("127.0.0.1", port)
+    del store
+
+
+def test_single_rank_moves_nothing():
+    comm, tensor = SingleRank(), torch.ones(2)
+    assert comm.all_reduce(tensor) is tensor
+    assert comm.broadcast(tensor) is tensor
+    assert comm.all_gather_rows(tensor).shape == (1, 2)

@@ -1,0 +1,131 @@
+"""Where scheduling becomes tensors: all slot arithmetic is in this file and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..protos.step import SequenceStart, SequenceStep
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One flat ragged batch: prefill chunks and decodes together, T tokens of S sequences."""
+
+    token_ids: torch.Tensor
+    """`[T]` int64."""
+    positions: torch.Tensor
+    """`[T]` int64, rotary positions."""
+    query_start_loc: torch.Tensor
+    """`[S + 1]` int32: sequence s owns rows `query_start_loc[s] : query_start_loc[s + 1]`."""
+    kv_lens: torch.Tensor
+    """`[S]` int32: rows of the KV cache that the last token of each sequence sees, its own included."""
+    block_tables: list[torch.Tensor]
+    """Per KV group `[S, max_blocks]` int32; entries past a sequence's last block are 0 and never read."""
+    slot_mapping: list[torch.Tensor]
+    """Per KV group `[T]` int64: `block_id * block_size + offset` where each token's K and V go."""
+
+
+class SequenceTable:
+    """The sequences that a rank holds, one row each in fixed arrays, so that a step is built without Python loops
+    over tokens. Rows are taken by `start` and given back by `end`."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_kv_groups: int) -> None:
+        max_blocks = -(-max_model_len // block_size)
+        self.block_size = block_size
+        # Untouched pages of these cost nothing: the operating system hands memory out as it is written.
+        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
+        self.block_tables = [np.zeros((max_num_seqs, max_blocks), np.int32) for _ in range(num_kv_groups)]
+        self.num_blocks = np.zeros((num_kv_groups, max_num_seqs), np.int64)
+        self.num_tokens = np.zeros(max_num_seqs, np.int64)
+        self.num_computed = np.zeros(max_num_seqs, np.int64)
+        self._rows: dict[int, int] = {}
+        self._free = list(range(max_num_seqs - 1, -1, -1))
+
+    def start(self, start: SequenceStart) -> int:
+        """Take a row for a sequence; its blocks come with its first step."""
+        row = self._rows[start.seq_id] = self._free.pop()
+        count = len(start.token_ids)
+        self.token_ids[row, :count] = start.token_ids
+        self.num_tokens[row] = count
+        self.num_computed[row] = start.num_computed_tokens
+        self.num_blocks[:, row] = 0
+        return row
+
+    def end(self, seq_id: int) -> int:
+        """Give the row of a sequence back."""
+        row = self._rows.pop(seq_id)
+        for table in self.block_tables:
+            table[row] = 0
+        self._free.append(row)
+        return row
+
+    def row(self, seq_id: int) -> int:
+        return self._rows[seq_id]
+
+    def append(self, rows: Ints, token_ids: Ints) -> None:
+        """One sampled token to each of `rows`."""
+        self.token_ids[rows, self.num_tokens[rows]] = token_ids
+        self.num_tokens[rows] += 1
+
+    def grant(self, step: SequenceStep) -> None:
+        """Append the blocks that a step brings to the block tables."""
+        row = self._rows[step.seq_id]
+        for group, block_ids in enumerate(step.new_block_ids):
+            begin = self.num_blocks[group, row]
+            self.block_tables[group][row, begin: begin + len(block_ids)] = block_ids
+            self.num_blocks[group, row] += len(block_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """A step's rows and extents, S sequences in plan order, before they become tensors."""
+
+    rows: Ints
+    begins: Ints
+    """First position computed in this step."""
+    counts: Ints
+    query_start_loc: Ints
+
+    @property
+    def ends(self) -> Ints:
+        return self.begins + self.counts
+
+
+def lay_out(steps: list[SequenceStep], table: SequenceTable) -> StepLayout:
+    """Grant the blocks of `steps` and find their places. Nothing is marked as computed yet."""
+    for step in steps:
+        if step.new_block_ids:
+            table.grant(step)
+    rows = np.array([table.row(step.seq_id) for step in steps], np.int64)
+    counts = np.array([step.num_tokens for step in steps], np.int64)
+    query_start_loc = np.zeros(len(steps) + 1, np.int64)
+    np.cumsum(counts, out=query_start_loc[1:])
+    return StepLayout(rows, table.num_computed[rows], counts, query_start_loc)
+
+
+def build(layout: StepLayout, table: SequenceTable, device: torch.device) -> ForwardBatch:
+    """The tensors of a step."""
+    token_rows = np.repeat(layout.rows, layout.counts)
+    positions = np.arange(len(token_rows)) + np.repeat(layout.begins - layout.query_start_loc[:-1], layout.counts)
+    max_blocks = -(-int(layout.ends.max()) // table.block_size)
+    block_index, offset = positions // table.block_size, positions % table.block_size
+
+    def tensor(array: npt.NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, dtype)
+
+    return ForwardBatch(
+        token_ids=tensor(table.token_ids[token_rows, positions], torch.int64),
+        positions=tensor(positions, torch.int64),
+        query_start_loc=tensor(layout.query_start_loc, torch.int32),
+        kv_lens=tensor(layout.ends, torch.int32),
+        block_tables=[tensor(blocks[layout.rows, :max_blocks], torch.int32) for blocks in table.block_tables],
+        slot_mapping=[
+            tensor(blocks[token_rows, block_index].astype(np.int64) * table.block_size + offset, torch.int64)
+            for blocks in table.block_tables],
+    )

@@ -1,0 +1,79 @@
+"""Typed look-ups in the key-value pairs of a model's files, with errors that name the file and the key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ...protos.errors import ModelLoadError
+
+
+class Metadata:
+    """Key-value pairs that were read from `path`. A key whose value is null counts as absent. Every look-up raises
+    `ModelLoadError` when the value has the wrong type, and, without a `default`, when the key is absent."""
+
+    def __init__(self, path: str, values: Mapping[str, object]) -> None:
+        self.path = path
+        self._values = values
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """An integer of at least `minimum`."""
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise self._wrong(key, value, f"an integer of at least {minimum}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive, finite number."""
+        value = self._get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+            raise self._wrong(key, value, "a positive, finite number")
+        return float(value)
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a string")
+        return value
+
+    def section(self, key: str) -> Metadata:
+        """The object at `key`; empty if absent."""
+        value = self._get(key, {})
+        if not isinstance(value, dict):
+            raise self._wrong(key, value, "an object")
+        return Metadata(self.path, value)
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        """A list of strings; empty if absent."""
+        value = self._get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(key, value, "a list of strings")
+        return tuple(value)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """A token id or a list of them; empty if absent."""
+        value = self._get(key, [])
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+            raise self._wrong(key, value, "a token id or a list of token ids")
+        return tuple(dict.fromkeys(ids))
+
+    def _get(self, key: str, default: object) -> object:
+        value = self._values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ModelLoadError(f"{self.path}: key '{key}' is missing; the file is incomplete, fetch it again")
+        return value
+
+    def _wrong(self, key: str, value: object, wanted: str) -> ModelLoadError:
+        return ModelLoadError(f"{self.path}: '{key}' must be {wanted}, got {value!r}")

@@ -1,0 +1,18 @@
+"""Reading weights from disk, a slice at a time."""
+
+from __future__ import annotations
+
+from ...protos.model import ModelConfig
+from .gguf_source import GGUFSource
+from .safetensors_source import SafetensorsSource
+from .source import WeightSource, check_tensors
+
+__all__ = ["WeightSource", "open_weights"]
+
+
+def open_weights(config: ModelConfig) -> WeightSource:
+    """Open the files of the model and check, without reading a weight, that every tensor it needs is there in its
+    shape and that no file is cut short. Raises `ModelLoadError` naming the tensor and the file."""
+    source: WeightSource = GGUFSource(config) if config.format == "gguf" else SafetensorsSource(config.path)
+    check_tensors(source, config)
+    return source
