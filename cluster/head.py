@@ -32,7 +32,7 @@ class _Group:
 
     def __init__(self, placed: PlacedGroup, engine: Engine) -> None:
         self.engine = engine
-        self.dead_ranks = placed.dead_ranks
+        self.dead_rank = placed.dead_rank
         self.end = placed.end
 
 

@@ -21,8 +21,8 @@ class RunningGroup(Protocol):
 
     engine: Engine
 
-    def dead_ranks(self, timeout_s: float) -> list[int]:
-        """Ranks that have ended, waiting up to `timeout_s` for one to."""
+    def dead_rank(self, timeout_s: float) -> str | None:
+        """Which rank has ended and why, waiting up to `timeout_s` for one to; None: all live."""
 
     def end(self) -> None:
         """Kill what still lives of it and give its resources back."""
@@ -109,8 +109,8 @@ class Supervisor:
         """Return when the group has failed or is to stop. Returns whether the first start has been reported."""
         epoch = group.engine.info.epoch
         while not self._stopped.is_set() and not self._failed[index].is_set():
-            if dead := group.dead_ranks(WATCH_S):
-                self._host.post(partial(self._host.fail_group, index, f"rank {dead[0]} died", epoch))
+            if reason := group.dead_rank(WATCH_S):
+                self._host.post(partial(self._host.fail_group, index, reason, epoch))
                 self._failed[index].wait()
             if not settled and self._ready[index].is_set():
                 settled = True

@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import (
+    DTYPE_NUMBERS,
+    REFERENCE,
+    check,
+    check_device,
+    check_dtype,
+    checked_cache,
+    dense,
+    token_stride,
+)
 from .native.library import NativeAttention, NativeCache, NativeLibrary, NativeLinear, load_library
-
-REFERENCE = "torch-reference"
-MAX_HEAD_DIM = 256
-DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 # Keyed by the status of abi.h; {} is the offending sequence or token.
 STATUS_MESSAGES = {
@@ -46,14 +51,13 @@ def backend() -> str:
     Raises:
         ValueError: KVARTO_KERNELS names a backend that is unknown or does not run here.
     """
-    return _resolve(os.environ.get("KVARTO_KERNELS", "auto"), load_library())
+    chosen = os.environ.get("KVARTO_KERNELS", "auto")
+    return REFERENCE if chosen in ("reference", REFERENCE) else _resolve(chosen, load_library())
 
 
 @functools.cache
 def _resolve(chosen: str, library: NativeLibrary | None) -> str:
-    available = (REFERENCE, *(library.isas if library else ()))
-    if chosen in ("reference", REFERENCE):
-        return REFERENCE
+    available: tuple[str, ...] = (REFERENCE, *(library.isas if library else ()))
     if chosen == "auto":
         return available[-1]
     if chosen not in available:
@@ -78,12 +82,12 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
         ValueError: a wrong shape, layout, device, layer, or a slot outside the cache (nothing is written then).
     """
     name = backend()
-    shape, dtype, device = _checked_cache(cache, layer, name), cache.dtype, cache.device
+    shape, dtype, device = checked_cache(cache, layer, name), cache.dtype, cache.device
     expected = (slot_mapping.numel(), shape[3], shape[5])
-    _check("key", key, dtype, expected, device)
-    _check("value", value, dtype, expected, device)
-    _check("slot_mapping", slot_mapping, torch.int64, expected[:1], device)
-    key_stride, value_stride = _token_stride("key", key), _token_stride("value", value)
+    check("key", key, dtype, expected, device)
+    check("value", value, dtype, expected, device)
+    check("slot_mapping", slot_mapping, torch.int64, expected[:1], device)
+    key_stride, value_stride = token_stride("key", key), token_stride("value", value)
     if name == REFERENCE:
         reference.write_kv(key, value, cache, layer, slot_mapping)
         return
@@ -93,7 +97,7 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
         _native_cache(cache, shape),
         key.data_ptr(),
         value.data_ptr(),
-        _dense(slot_mapping, "slot_mapping").data_ptr(),
+        dense(slot_mapping, "slot_mapping").data_ptr(),
         expected[0],
         key_stride,
         value_stride,
@@ -139,21 +143,21 @@ def paged_attention(
         ValueError: a wrong shape, layout, device, layer, or values that contradict one another.
     """
     name = backend()
-    shape, dtype, device = _checked_cache(cache, layer, name), cache.dtype, cache.device
+    shape, dtype, device = checked_cache(cache, layer, name), cache.dtype, cache.device
     query_shape = query.shape
     if len(query_shape) != 3 or query_shape[2] != shape[5] or query_shape[1] % shape[3] != 0:
         raise ValueError(
             f"query must be [num_tokens, a multiple of {shape[3]} KV heads, {shape[5]}], got {list(query_shape)}"
         )
-    _check("query", query, dtype, query_shape, device)
-    query_stride = _token_stride("query", query)
+    check("query", query, dtype, query_shape, device)
+    query_stride = token_stride("query", query)
     num_seqs = kv_lens.numel()
     if block_tables.dim() != 2:
         raise ValueError(f"block_tables must be [num_seqs, max_blocks], got {list(block_tables.shape)}")
     max_blocks = block_tables.shape[1]
-    _check("kv_lens", kv_lens, torch.int32, (num_seqs,), device)
-    _check("block_tables", block_tables, torch.int32, (num_seqs, max_blocks), device)
-    _check("query_start_loc", query_start_loc, torch.int32, (num_seqs + 1,), device)
+    check("kv_lens", kv_lens, torch.int32, (num_seqs,), device)
+    check("block_tables", block_tables, torch.int32, (num_seqs, max_blocks), device)
+    check("query_start_loc", query_start_loc, torch.int32, (num_seqs + 1,), device)
     if name == REFERENCE:
         return reference.paged_attention(query, cache, layer, block_tables, query_start_loc, kv_lens, scale)
     library = _library()
@@ -163,9 +167,9 @@ def paged_attention(
         _native_cache(cache, shape),
         query.data_ptr(),
         out.data_ptr(),
-        _dense(block_tables, "block_tables").data_ptr(),
-        _dense(query_start_loc, "query_start_loc").data_ptr(),
-        _dense(kv_lens, "kv_lens").data_ptr(),
+        dense(block_tables, "block_tables").data_ptr(),
+        dense(query_start_loc, "query_start_loc").data_ptr(),
+        dense(kv_lens, "kv_lens").data_ptr(),
         query_shape[0],
         num_seqs,
         max_blocks,
@@ -215,12 +219,12 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out_features, in_features], got {list(weight.shape)}")
     n, k = weight.shape
-    _check_dtype("weight", weight)
-    _check_device("weight", weight, name)
+    check_dtype("weight", weight)
+    check_device("weight", weight, name)
     if bias is not None:
         if not bias.is_floating_point():
             raise TypeError(f"bias must be floating point, got {bias.dtype}")
-        _check("bias", bias, bias.dtype, (n,), weight.device)
+        check("bias", bias, bias.dtype, (n,), weight.device)
         bias = bias.detach().float().contiguous()
     weight = weight.detach()
     if name == REFERENCE:
@@ -253,7 +257,7 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x must be [num_rows, {packed.in_features}], got {list(x.shape)}")
-    _check_dtype("x", x)
+    check_dtype("x", x)
     if x.device != packed.data.device:
         raise ValueError(f"x is on {x.device}, the weight on {packed.data.device}")
     if packed.backend == REFERENCE:
@@ -297,56 +301,3 @@ def _raise_for(status: int, detail: int) -> None:
         raise MemoryError("the native kernels could not get their working memory")
     if status != 0:
         raise ValueError(STATUS_MESSAGES[status].format(detail))
-
-
-def _checked_cache(cache: Tensor, layer: int, backend_name: str) -> torch.Size:
-    _check_dtype("cache", cache)
-    shape = cache.shape
-    if len(shape) != 6 or shape[2] != 2:
-        raise ValueError(
-            f"cache must be [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], got {list(shape)}"
-        )
-    _, num_layers, _, _, block_size, head_dim = shape
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
-    if head_dim % 8 != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
-    if not cache.is_contiguous():
-        raise ValueError(f"cache must be contiguous, got strides {cache.stride()}")
-    if not 0 <= layer < num_layers:
-        raise ValueError(f"layer must be in [0, {num_layers}), got {layer}")
-    _check_device("cache", cache, backend_name)
-    return shape
-
-
-def _check_device(label: str, tensor: Tensor, backend_name: str) -> None:
-    if backend_name != REFERENCE and tensor.device.type != "cpu":
-        raise ValueError(f"{label} is on {tensor.device}; {backend_name} kernels take CPU tensors")
-
-
-def _check_dtype(label: str, tensor: Tensor) -> None:
-    if tensor.dtype not in DTYPE_NUMBERS:
-        raise TypeError(f"{label} must be float32, bfloat16 or float16, got {tensor.dtype}")
-
-
-def _check(label: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{label} must be {dtype}, got {tensor.dtype}")
-    if tensor.shape != shape:
-        raise ValueError(f"{label} must have shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{label} is on {tensor.device}, expected {device}")
-
-
-def _token_stride(label: str, rows: Tensor) -> int:
-    """Elements from one token to the next, in rows whose heads and elements are dense."""
-    token_stride, head_stride, element_stride = rows.stride()
-    if rows.numel() > 0 and (element_stride != 1 or (rows.shape[1] > 1 and head_stride != rows.shape[2])):
-        raise ValueError(f"{label} must have dense heads and elements, got strides {rows.stride()}")
-    return token_stride
-
-
-def _dense(tensor: Tensor, label: str) -> Tensor:
-    if not tensor.is_contiguous():
-        raise ValueError(f"{label} must be contiguous, got strides {tensor.stride()}")
-    return tensor

@@ -1,15 +1,20 @@
-"""The Ray actor around a rank. Ray starts it, watches it and ends it; plans come through a socket."""
+"""The Ray actor around a rank. Ray starts it, watches it and ends it; plans come through a socket.
+
+The Head names this class to place it and must not load torch, which is why torch's users are imported by the methods.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import ray
-import torch
 
 from ..protos.endpoint import Endpoint
 from ..protos.step import RankConfig, RankReady
-from .collectives import Communicator, SingleRank, connect, serve_store
-from .rank import Rank
 from .rank_server import serve_rank
+
+if TYPE_CHECKING:
+    from .collectives import Communicator
 
 
 class RankActor:
@@ -20,17 +25,17 @@ class RankActor:
 
     def serve_store(self) -> tuple[str, int]:
         """(host, port) at which the ranks of the group meet."""
+        from .collectives import serve_store
+
         host = ray.util.get_node_ip_address()
         self._store, port = serve_store(host)
         return host, port
 
     def load(self, host: str, port: int) -> RankReady:
         """Join the group and load the weights."""
-        comm: Communicator = SingleRank()
-        if self._config.tp_size > 1:
-            comm = connect(self._config.rank, self._config.tp_size, host, port, torch.device(self._config.device),
-                           self._config.step_timeout_s)
-        self._rank = Rank(self._config, comm)
+        from .rank import Rank
+
+        self._rank = Rank(self._config, self._join(host, port))
         return self._rank.ready()
 
     def run(self, num_blocks: list[int], endpoint: Endpoint) -> None:
@@ -38,3 +43,13 @@ class RankActor:
         self._rank.allocate(num_blocks)
         serve_rank(self._rank, endpoint, epoch=self._config.epoch, rank=self._config.rank,
                    lease_s=self._config.lease_s)
+
+    def _join(self, host: str, port: int) -> Communicator:
+        import torch
+
+        from .collectives import SingleRank, connect
+
+        config = self._config
+        if config.tp_size == 1:
+            return SingleRank()
+        return connect(config.rank, config.tp_size, host, port, torch.device(config.device), config.step_timeout_s)

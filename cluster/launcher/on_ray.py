@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -41,10 +41,17 @@ class PlacedGroup:
         """Let the ranks allocate their pools and connect to the Head."""
         self.run_refs = [actor.run.remote(blocks, endpoint) for actor in self.actors]
 
-    def dead_ranks(self, timeout_s: float) -> list[int]:
-        """Ranks that have ended, waiting up to `timeout_s` for one to."""
+    def dead_rank(self, timeout_s: float) -> str | None:
+        """Which rank has ended and why, waiting up to `timeout_s` for one to; None: all live."""
         done, _ = ray.wait(self.run_refs, num_returns=1, timeout=timeout_s)
-        return [rank for rank, ref in enumerate(self.run_refs) if ref in done]
+        if not done:
+            return None
+        try:
+            ray.get(done[0])
+            cause = "it ended"
+        except RayError as error:
+            cause = str(getattr(error, "cause", None) or type(error).__name__)
+        return f"rank {self.run_refs.index(done[0])} died: {cause}"
 
     def end(self) -> None:
         """Kill what still lives and give the resources back."""

@@ -11,6 +11,7 @@ namespace kvarto {
 namespace {
 
 constexpr int64_t TARGET_ROWS = 48;  // query rows of a tile: they share each load of K and V
+constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications below which waking threads costs more than it saves
 constexpr int64_t SCORE_ROWS = 8;    // at least any instruction set's MAX_QUERY_ROWS
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -69,11 +70,12 @@ void run(const KvartoAttention& call, const AttentionKernels& kernels) {
   std::vector<Job> tiles = cut(call, tile_queries), jobs, split;
   int64_t total = 0, partial_size = 0;
   for (const Job& job : tiles) total += job.work;
+  const int64_t budget = total * group * padded_dim < SERIAL_WORK ? 1 : call.num_threads;
   // A tile that is too large a share of the work is cut at chunk borders. That changes who computes
   // a chunk, not what is computed.
-  const int64_t share = total / (4 * call.num_threads);
+  const int64_t share = total / (4 * budget);
   auto is_split = [&](const Job& job) {
-    return call.num_threads > 1 && job.tile.chunk_end > 1 && job.work > share;
+    return budget > 1 && job.tile.chunk_end > 1 && job.work > share;
   };
   for (const Job& job : tiles)
     if (is_split(job)) partial_size += job.tile.chunk_end * job.tile.num_queries * group * record;
@@ -98,7 +100,7 @@ void run(const KvartoAttention& call, const AttentionKernels& kernels) {
 
   const int64_t scratch_size = max_rows * (padded_dim + 2 * record) + SCORE_ROWS * TILE + 2 * TILE * padded_dim;
   const int64_t num_jobs = jobs.size(), num_split = split.size();
-  const int threads = (int)std::max<int64_t>(1, std::min<int64_t>(call.num_threads, num_jobs));
+  const int threads = (int)std::max<int64_t>(1, std::min(budget, num_jobs));
   float* scratch = reserve(scratch_memory, scratch_size * threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

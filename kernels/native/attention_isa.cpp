@@ -135,8 +135,7 @@ static void accumulate(const float* weights, const float* decay, const T* const*
 
 // Turns `seen` scores (the rest of the tile is not looked at) into weights exp2(score - max),
 // updates max and sum of the record and returns by how much earlier weights shrink.
-static float softmax_step(float* scores, int64_t seen, float* record) {
-  for (int64_t j = seen; j < round_up(seen, WIDTH); ++j) scores[j] = NEG_INFINITY;
+KVARTO_INLINE float softmax_step(float* scores, int64_t seen, float* record) {
   Vec highest = set1(record[0]);
   for (int64_t j = 0; j < seen; j += WIDTH) highest = max(highest, load(scores + j));
   const float new_max = reduce_max(highest);
@@ -152,6 +151,11 @@ static float softmax_step(float* scores, int64_t seen, float* record) {
   return decay;
 }
 
+static float softmax_part(float* scores, int64_t seen, float* record) {
+  for (int64_t j = seen; j < round_up(seen, WIDTH); ++j) scores[j] = NEG_INFINITY;
+  return softmax_step(scores, seen, record);
+}
+
 // Q query rows against one tile of KV rows; seen[q] of its rows are visible to query row q.
 template <int Q, class T>
 static void attend_rows(const float* query, const T* const* keys, const T* const* values, const int64_t* seen,
@@ -160,8 +164,12 @@ static void attend_rows(const float* query, const T* const* keys, const T* const
   float decay[Q];
   for (int64_t j = 0; j < seen[Q - 1]; j += 4)
     score_four<Q>(query, keys + j, shape.padded_dim, dim, weights + j);
-  for (int q = 0; q < Q; ++q)
-    decay[q] = seen[q] > 0 ? softmax_step(weights + q * TILE, seen[q], records + q * shape.record) : 1.0f;
+  if (seen[0] == TILE) {  // every query row sees the whole tile; of known length, their softmaxes overlap
+    for (int q = 0; q < Q; ++q) decay[q] = softmax_step(weights + q * TILE, TILE, records + q * shape.record);
+  } else {
+    for (int q = 0; q < Q; ++q)
+      decay[q] = seen[q] > 0 ? softmax_part(weights + q * TILE, seen[q], records + q * shape.record) : 1.0f;
+  }
   float* sums = records + RECORD_HEAD;
   const int64_t common = seen[0];
   accumulate<Q>(weights, decay, values, common, dim, sums, shape.record);

@@ -11,8 +11,9 @@
 namespace kvarto {
 namespace {
 
-constexpr int64_t ROW_BLOCK = 192;       // rows of x per widened piece of a panel
+constexpr int64_t ROW_BLOCK = 192;  // rows of x per widened piece of a panel
 constexpr int64_t WIDENED_FLOATS = 128 * PANEL;  // linear_isa.cpp: DEPTH * PANEL
+constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications below which waking threads costs more than it saves
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -42,7 +43,8 @@ void run(const KvartoLinear& call, const LinearKernels& kernels) {
   // An odd multiple of a cache line keeps rows out of each other's cache sets.
   const int64_t x_stride = divide_up(call.k, 16) * 16 + 16;
   const int64_t scratch_size = block * PANEL + WIDENED_FLOATS, x_size = call.m * x_stride;
-  const int threads = (int)std::max<int64_t>(1, std::min<int64_t>(call.num_threads, num_jobs));
+  const int64_t budget = call.m * call.n * call.k < SERIAL_WORK ? 1 : call.num_threads;
+  const int threads = (int)std::max<int64_t>(1, std::min(budget, num_jobs));
 
   static thread_local std::vector<float> memory;
   const int64_t needed = x_size + threads * scratch_size;
@@ -54,7 +56,8 @@ void run(const KvartoLinear& call, const LinearKernels& kernels) {
   {
     float* mine = scratch + omp_get_thread_num() * scratch_size;
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < call.m; ++m) kernels.to_float[call.x_dtype](source + m * source_stride, call.k, x + m * x_stride);
+    for (int64_t m = 0; m < call.m; ++m)
+      kernels.to_float[call.x_dtype](source + m * source_stride, call.k, x + m * x_stride);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t job = 0; job < num_jobs; ++job) {
       const int64_t m = job % num_blocks * block;

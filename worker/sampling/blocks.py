@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from . import keys
 
@@ -17,6 +19,13 @@ def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
     step = max(1, _CHUNK_ELEMENTS // num_columns)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def take_rows(tensor: torch.Tensor, rows: NDArray[np.intp]) -> torch.Tensor:
+    """The rows named, each once and ascending; without a copy where they are all."""
+    if len(rows) == len(tensor):
+        return tensor
+    return tensor[torch.from_numpy(rows).to(tensor.device)]
 
 
 def block_maxima(logits: torch.Tensor) -> torch.Tensor:

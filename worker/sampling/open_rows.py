@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .blocks import take_blocks
+from .blocks import take_blocks, take_rows
 from .gather import Gather
 from .weights import exponents, targets_below
 
@@ -43,9 +43,8 @@ def draw_open(
     if len(mine):
         start = ends[comm.rank - 1, mine] if comm.rank else np.zeros(len(mine))
         rest = (targets[mine] - start) / factors[comm.rank, mine]
-        rows = torch.from_numpy(mine).to(logits.device)
         device = logits.device
-        columns = _pick(logits[rows], weights[rows], torch.from_numpy(rest).to(device),
+        columns = _pick(take_rows(logits, mine), take_rows(weights, mine), torch.from_numpy(rest).to(device),
                         torch.from_numpy(maxima[comm.rank, mine]).float().to(device),
                         torch.from_numpy(scales[mine]).float().to(device))
         picks[torch.from_numpy(mine)] = columns.cpu() + vocab_start

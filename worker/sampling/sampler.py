@@ -19,7 +19,7 @@ from ...protos.sampling import SamplingParams
 from ...protos.step import TokenLogprobs
 from . import keys
 from .batch import Batch
-from .blocks import best_keys, block_maxima, top_keys
+from .blocks import best_keys, block_maxima, take_rows, top_keys
 from .candidates import CANDIDATES, draw_from_candidates
 from .edits import apply_edits
 from .errors import NonFiniteLogitsError
@@ -117,11 +117,11 @@ class Sampler:
         parts = [best_keys(logits, maxima, self._start)]
         weights = None
         if len(batch.weighed):
-            weights = block_weights(_take(logits, batch.weighed), _take(maxima, batch.weighed).amax(1),
+            weights = block_weights(take_rows(logits, batch.weighed), take_rows(maxima, batch.weighed).amax(1),
                                     torch.from_numpy(batch.scales[batch.weighed]).float().to(logits.device))
             parts.append(weights.sum(1).view(torch.int64))
         if len(batch.truncated):
-            parts.append(top_keys(_take(logits, batch.truncated), _take(maxima, batch.truncated), self._start,
+            parts.append(top_keys(take_rows(logits, batch.truncated), take_rows(maxima, batch.truncated), self._start,
                                   CANDIDATES).flatten())
         # [world_size, R + weighed + truncated * CANDIDATES]
         gathered = self._comm.all_gather_rows(torch.cat(parts)).cpu().numpy()
@@ -143,7 +143,7 @@ class Sampler:
             is_open = np.isin(batch.weighed, batch.open)
             rows = batch.open
             token_ids[rows] = draw_open(
-                self._comm, _take(logits, rows), self._start, _take(weights, np.flatnonzero(is_open)),
+                self._comm, take_rows(logits, rows), self._start, take_rows(weights, np.flatnonzero(is_open)),
                 masses[:, rows], slice_maxima[:, rows], batch.scales[rows], batch.uniforms[rows])
         return token_ids
 
@@ -160,15 +160,8 @@ class Sampler:
             batch.top_p[rows], batch.min_p[rows], batch.uniforms[rows])
         if not settled.all():
             wide = rows[~settled]
-            histogram = Histogram(self._comm, _take(logits, wide), self._start, highest[wide], batch.scales[wide],
+            histogram = Histogram(self._comm, take_rows(logits, wide), self._start, highest[wide], batch.scales[wide],
                                   batch.min_p[wide])
             token_ids[~settled] = draw_from_histogram(histogram, batch.top_k[wide], batch.top_p[wide],
                                                       batch.uniforms[wide])
         return token_ids
-
-
-def _take(tensor: torch.Tensor, rows: NDArray[np.intp]) -> torch.Tensor:
-    """The rows named, ascending; without a copy where they are all."""
-    if len(rows) == len(tensor):
-        return tensor
-    return tensor[torch.from_numpy(rows).to(tensor.device)]

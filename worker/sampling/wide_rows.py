@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from . import keys
-from .blocks import row_chunks
+from .blocks import row_chunks, take_rows
 from .gather import Gather
 from .weights import exponents, targets_below
 
 _NUM_BUCKETS = 1024
 _BUCKETS_PER_OCTAVE = 32
-_DROPPED = -1
+_DROPPED = _NUM_BUCKETS
 
 
 class Histogram:
@@ -46,15 +46,24 @@ class Histogram:
         highest, scale, floor = (torch.from_numpy(a).float().to(device).unsqueeze(1) for a in (
             maxima, scales, np.log2(np.maximum(min_p, 1e-300))))
         self._buckets = torch.empty(logits.shape, dtype=torch.int16, device=device)
-        sums = torch.zeros(2, logits.shape[0], _NUM_BUCKETS, dtype=torch.float64, device=device)
-        for rows in row_chunks(*logits.shape):
+        sums = torch.zeros(2, logits.shape[0], _NUM_BUCKETS + 1, dtype=torch.float64, device=device)
+        chunks = list(row_chunks(*logits.shape))
+        # Buffers shared by all chunks: fresh ones of this size would each be paged in anew.
+        largest = logits[chunks[0]].shape
+        bucket_buffer = torch.empty(largest, dtype=torch.int64, device=device)
+        weight_buffer = torch.empty(largest, dtype=torch.float64, device=device)
+        ones = torch.ones(largest, dtype=torch.float64, device=device)
+        for rows in chunks:
             exponent = exponents(logits[rows], highest[rows, 0], scale[rows, 0])
+            bucket = bucket_buffer[:len(exponent)]
+            bucket.copy_((exponent * -_BUCKETS_PER_OCTAVE).clamp_(max=_NUM_BUCKETS - 1))
             # Below 2**-126 a weight is rounded, at last to 0; such tokens cannot be told from none.
-            keep = exponent >= floor[rows].clamp(min=-126.0)
-            bucket = (exponent * -_BUCKETS_PER_OCTAVE).clamp_(max=_NUM_BUCKETS - 1).long()
-            sums[0, rows].scatter_add_(1, bucket, exponent.exp2_().mul_(keep).double())
-            sums[1, rows].scatter_add_(1, bucket, keep.double())
-            self._buckets[rows] = bucket.short().masked_fill_(~keep, _DROPPED)
+            bucket.masked_fill_(exponent < floor[rows].clamp(min=-126.0), _DROPPED)
+            weight = weight_buffer[:len(exponent)].copy_(exponent.exp2_())
+            sums[0, rows].scatter_add_(1, bucket, weight)
+            sums[1, rows].scatter_add_(1, bucket, ones[:len(exponent)])
+            self._buckets[rows] = bucket
+        sums = sums[:, :, :_NUM_BUCKETS].contiguous()
         # [world_size, 2, R, _NUM_BUCKETS]
         gathered = comm.all_gather_rows(sums.view(torch.int64)).cpu().numpy().view(np.float64)
         self._counts_by_rank = gathered[:, 1].astype(np.int64)
@@ -70,9 +79,8 @@ class Histogram:
         most = int(self._counts_by_rank[:, rows, buckets].max())
         device = self._logits.device
         index = torch.from_numpy(rows).to(device)
-        held_in = self._buckets if len(rows) == len(self._buckets) else self._buckets[index]
         wanted = torch.from_numpy(buckets).to(device).short()
-        where, columns = torch.nonzero(held_in == wanted.unsqueeze(1), as_tuple=True)
+        where, columns = torch.nonzero(take_rows(self._buckets, rows) == wanted.unsqueeze(1), as_tuple=True)
         held = torch.bincount(where, minlength=len(rows))
         places = torch.arange(len(where), device=device) - (held.cumsum(0) - held)[where]
         offered = torch.full((len(rows), most), keys.PAD, dtype=torch.int64, device=device)

@@ -25,8 +25,9 @@ def native_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """The same random numbers for every test, and the thread count as it was."""
+    """The same random numbers for every test; one thread, which busy neighbours disturb least."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
