@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from typing import Any
 
@@ -15,6 +16,8 @@ from .head import find_head, start_head
 from .launcher.model import load_model_config
 
 STOP_S = 20.0
+OBJECT_STORE_BYTES = 128 * 2**20
+"""No tensor and no token goes through Ray's object store; by default it takes a third of the memory."""
 
 
 async def locate_head(application: str) -> Endpoint:
@@ -49,8 +52,11 @@ def start_ray(address: str | None = None) -> bool:
     `ResourcesError`."""
     if ray.is_initialized():
         return False
+    options: dict[str, Any] = {"address": address} if address else {
+        "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+        ray.init(log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:
         raise ResourcesError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
     return address is None

@@ -13,6 +13,7 @@ from ..protos.config import EngineConfig
 from ..protos.endpoint import Endpoint
 from ..protos.errors import KvartoError
 from ..protos.model import ModelConfig
+from ..protos.request import EngineInfo
 from .engine.engine import Engine
 from .engine.loop import EngineLoop
 from .engine.zmq_hub import ZmqHub
@@ -72,8 +73,16 @@ class Head:
         """Process ids of the ranks of every worker group, in group and rank order."""
         return [pid for index in sorted(self._pids) for pid in self._pids[index]]
 
+    def infos(self) -> list[EngineInfo]:
+        """Of every worker group that works now."""
+        return self._loop.infos
+
+    def num_unfinished(self) -> int:
+        """Requests that are running or waiting."""
+        return self._loop.num_unfinished
+
     def drain(self) -> None:
-        """Take no more requests."""
+        """Take no more requests; those that run may finish."""
         self._loop.post(self._loop.drain)
 
     def stop(self) -> None:

@@ -41,6 +41,7 @@ class Engine:
         self._in_flight: dict[int, float] = {}
         self.last_progress_s = 0.0
         self.last_step_id: int | None = None
+        # Sums over all steps: their ratio is the internal waste (DESIGN invariant 4).
         self._slots_used = 0
         self._slots_allocated = 0
         self._num_steps = 0
@@ -106,6 +107,8 @@ class Engine:
             "num_steps": self._num_steps,
             "blocks": {"total": space.num_blocks, "free": space.num_free, "used": space.num_used,
                        "releasing": space.num_releasing},
+            "slots_used": self._slots_used,
+            "slots_allocated": self._slots_allocated,
             "kv_waste": 1 - self._slots_used / self._slots_allocated if self._slots_allocated else 0.0,
             "since_progress_s": now - self.last_progress_s if self.load else 0.0,
         }

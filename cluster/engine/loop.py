@@ -16,6 +16,7 @@ from ...protos.request import (
     CancelRequest,
     Delta,
     DeltaBatch,
+    EngineInfo,
     Ping,
     Pong,
     Query,
@@ -55,6 +56,16 @@ class EngineLoop:
     @property
     def _epoch(self) -> int:
         return max((engine.info.epoch for engine in self._engines.values()), default=0)
+
+    @property
+    def infos(self) -> list[EngineInfo]:
+        """Of every worker group that works now; may be read from any thread."""
+        return [engine.info for engine in list(self._engines.values())]
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not had their last delta; may be read from any thread."""
+        return sum(engine.load for engine in list(self._engines.values()))
 
     def post(self, action: Callable[[], None]) -> None:
         """Run `action` on the loop's thread; may be called from any thread."""
@@ -182,7 +193,7 @@ class EngineLoop:
 
     def _answer(self, what: str) -> dict[str, Any]:
         if what == "info":
-            return {"info": [msgspec.to_builtins(engine.info) for engine in self._engines.values()]}
+            return {"info": [msgspec.to_builtins(info) for info in self.infos]}
         groups = {index: engine.status(self._clock()) for index, engine in self._engines.items()}
         if what == "metrics":
             return {"text": self._metrics.render(groups)}

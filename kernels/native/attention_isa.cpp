@@ -135,7 +135,8 @@ static void accumulate(const float* weights, const float* decay, const T* const*
 
 // Turns `seen` scores (the rest of the tile is not looked at) into weights exp2(score - max),
 // updates max and sum of the record and returns by how much earlier weights shrink.
-KVARTO_INLINE float softmax_step(float* scores, int64_t seen, float* record) {
+static float softmax_step(float* scores, int64_t seen, float* record) {
+  for (int64_t j = seen; j < round_up(seen, WIDTH); ++j) scores[j] = NEG_INFINITY;
   Vec highest = set1(record[0]);
   for (int64_t j = 0; j < seen; j += WIDTH) highest = max(highest, load(scores + j));
   const float new_max = reduce_max(highest);
@@ -151,11 +152,6 @@ KVARTO_INLINE float softmax_step(float* scores, int64_t seen, float* record) {
   return decay;
 }
 
-static float softmax_part(float* scores, int64_t seen, float* record) {
-  for (int64_t j = seen; j < round_up(seen, WIDTH); ++j) scores[j] = NEG_INFINITY;
-  return softmax_step(scores, seen, record);
-}
-
 // Q query rows against one tile of KV rows; seen[q] of its rows are visible to query row q.
 template <int Q, class T>
 static void attend_rows(const float* query, const T* const* keys, const T* const* values, const int64_t* seen,
@@ -164,12 +160,8 @@ static void attend_rows(const float* query, const T* const* keys, const T* const
   float decay[Q];
   for (int64_t j = 0; j < seen[Q - 1]; j += 4)
     score_four<Q>(query, keys + j, shape.padded_dim, dim, weights + j);
-  if (seen[0] == TILE) {  // every query row sees the whole tile; of known length, their softmaxes overlap
-    for (int q = 0; q < Q; ++q) decay[q] = softmax_step(weights + q * TILE, TILE, records + q * shape.record);
-  } else {
-    for (int q = 0; q < Q; ++q)
-      decay[q] = seen[q] > 0 ? softmax_part(weights + q * TILE, seen[q], records + q * shape.record) : 1.0f;
-  }
+  for (int q = 0; q < Q; ++q)
+    decay[q] = seen[q] > 0 ? softmax_step(weights + q * TILE, seen[q], records + q * shape.record) : 1.0f;
   float* sums = records + RECORD_HEAD;
   const int64_t common = seen[0];
   accumulate<Q>(weights, decay, values, common, dim, sums, shape.record);
@@ -183,8 +175,9 @@ static void attend_rows(const float* query, const T* const* keys, const T* const
 template <class T>
 static void attend_tile(const float* query, const T* const* keys, const T* const* values, int64_t first_row,
                         int64_t first_visible, const Shape& shape, float* weights, float* records) {
-  for (int64_t r = 0; r < shape.rows; r += MAX_QUERY_ROWS) {
-    const int64_t count = smaller(MAX_QUERY_ROWS, shape.rows - r);
+  for (int64_t r = 0, count; r < shape.rows; r += count) {
+    const int64_t left = shape.rows - r;
+    count = left == MAX_QUERY_ROWS + 1 ? left / 2 : smaller(MAX_QUERY_ROWS, left);  // 2 + 2 is quicker than 3 + 1
     int64_t seen[MAX_QUERY_ROWS] = {};
     for (int64_t q = 0; q < count; ++q) {
       const int64_t visible = first_visible + (r + q) / shape.group - first_row;

@@ -1,7 +1,8 @@
 """Builds libkvarto_kernels.so from the C++ sources beside this file. Standard library only: setup.py calls it.
 
 Each `*_isa.cpp` is compiled once per instruction set; which one runs is decided at run time. Needs a C++17
-compiler with OpenMP: `$CXX`, else `c++`, else `g++`. Run as a program, it rebuilds beside the sources.
+compiler with OpenMP (GCC 10 or newer): `$CXX`, else `c++`, else `g++`. Run as a program, this file rebuilds the
+library beside the sources.
 """
 
 from __future__ import annotations

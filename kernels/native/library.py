@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING
 # First, so that our library binds to the OpenMP runtime that torch brings and both share its threads.
 import torch  # noqa: F401
 
-from .build import LIBRARY_NAME
-
 if TYPE_CHECKING:
     from ctypes import _Pointer
 
 ABI_VERSION = 1
-LIBRARY_PATH = Path(__file__).resolve().parent / LIBRARY_NAME
+LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
     "or `python -m kvarto.kernels.native.build` in a checkout"

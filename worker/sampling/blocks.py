@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from . import keys
 
 BLOCK = 32
-_CHUNK_ELEMENTS = 2**19
+_CHUNK_ELEMENTS = 2**20
 
 
 def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
-    """Slices of rows whose temporaries stay in the cache: about half a million elements each."""
+    """Slices of rows whose temporaries stay in the cache: about a million elements each."""
     step = max(1, _CHUNK_ELEMENTS // num_columns)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from kvarto.kernels.native import library
 from kvarto.kernels.native.build import LIBRARY_NAME, NativeBuildError, build
 
 FAKE_COMPILER = """#!/bin/sh
@@ -37,12 +38,16 @@ def test_library_appears_alone_in_the_output_folder(compiler_log: Path, tmp_path
     assert any("-DKVARTO_ISA=portable" in command for command in commands)
 
 
+def test_built_and_loaded_library_have_one_name() -> None:
+    assert library.LIBRARY_PATH.name == LIBRARY_NAME
+
+
 def test_current_library_is_not_built_again(compiler_log: Path, tmp_path: Path) -> None:
-    library = build(tmp_path)
+    built = build(tmp_path)
     compiler_log.unlink()
     build(tmp_path)
     assert not compiler_log.exists()
-    os.utime(library, (0, 0))
+    os.utime(built, (0, 0))
     build(tmp_path)
     assert compiler_log.exists()
 

@@ -1,0 +1,118 @@
+"""`kvarto serve`: Ray, the Head, the ranks and the Serve application, until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from rich.console import Console
+
+from ...protos.config import ServeConfig
+from ...protos.errors import ResourcesError
+from ...protos.request import EngineInfo
+from ..application import end_application, start_ray, wait_until_ready
+from ..head import find_head, start_head
+from ..launcher.model import load_model_config
+from ..resolve import resolve
+from ..serve_app import build_app
+
+APPLICATION = "kvarto"
+POLL_S = 0.1
+
+console = Console(stderr=True, highlight=False)
+
+
+def run_serve(config: ServeConfig, address: str | None) -> int:
+    """Serve until told to end; returns the exit code. Raises `ConfigError` and its kin, with nothing left running."""
+    started = time.monotonic()
+    # What can be refused without starting anything is refused first.
+    model = load_model_config(config.model)
+    resolve(config, model, has_cuda=config.device == "cuda")
+    config = config.model_copy(update={"port": claim_port(config.host, config.port, "port")})
+    if config.grpc_port is not None:
+        claimed = claim_port(config.host, config.grpc_port, "grpc_port")
+        config = config.model_copy(update={"grpc_port": claimed})
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    head: Any = None
+    owns_ray = start_ray(address)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        refuse_second_server()
+        head = start_head(APPLICATION, config, model)
+        serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
+        serve.run(build_app(config), name=APPLICATION, route_prefix="/")
+        asyncio.run(wait_until_ready(head))
+        if config.grpc_port is not None:
+            serve.get_deployment_handle("grpc", APPLICATION).port.remote().result()
+        _announce(config, ray.get(head.infos.remote()), time.monotonic() - started)
+        stop.wait()
+        _drain(head, config.drain_timeout_s)
+    finally:
+        _tear_down(head, owns_ray)
+    return 0
+
+
+def claim_port(host: str, port: int, name: str) -> int:
+    """A port that can be bound now: `port`, or any free one for 0. Raises `ResourcesError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourcesError(
+                f"cannot listen on {host}:{port}: {error.strerror}; free it, or choose another with {name} (0: any "
+                "free one)", param=name) from None
+        return int(probe.getsockname()[1])
+
+
+def refuse_second_server() -> None:
+    """Raises `ResourcesError` when this Ray cluster serves a kvarto application already."""
+    try:
+        find_head(APPLICATION)
+    except ValueError:
+        return
+    raise ResourcesError("this Ray cluster already runs `kvarto serve`: end that first, or use another cluster")
+
+
+def _announce(config: ServeConfig, infos: list[EngineInfo], seconds: float) -> None:
+    info = infos[0]
+    capacity = sum(each.kv_capacity_tokens for each in infos)
+    console.print(
+        f"KV cache: {capacity:,} tokens in {info.num_blocks:,} blocks of {info.block_size}; "
+        f"{capacity / info.max_model_len:.1f} requests of {info.max_model_len:,} tokens at once")
+    console.print(f"model {config.public_name}: {info.dtype}, tp_size {info.tp_size}, kernels {info.kernels}")
+    grpc = "" if config.grpc_port is None else f", gRPC at {config.host}:{config.grpc_port}"
+    console.print(f"ready after {seconds:.1f} s: http://{config.host}:{config.port}/v1{grpc}")
+
+
+def _drain(head: Any, timeout_s: float) -> None:
+    """Let running requests finish; new ones are refused meanwhile."""
+    console.print("draining")
+    ray.get(head.drain.remote())
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and (left := ray.get(head.num_unfinished.remote())):
+        time.sleep(POLL_S)
+    else:
+        left = ray.get(head.num_unfinished.remote())
+    # The last deltas still have to reach their clients through the replicas.
+    time.sleep(2 * POLL_S)
+    console.print(f"cancelled {left} requests that did not finish in time" if left else "all requests finished")
+
+
+def _tear_down(head: Any, owns_ray: bool) -> None:
+    if head is not None:
+        asyncio.run(end_application(head))
+    serve.shutdown()
+    if owns_ray:
+        ray.shutdown()

@@ -1,0 +1,100 @@
+"""The Ray Serve application: replicas that answer HTTP, and one that answers gRPC, each a frontend of the Head."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from ..protos.config import ServeConfig
+from ..protos.errors import KvartoError
+from .application import end_application, locate_head, wait_until_ready
+from .frontend.async_llm import AsyncLLM
+from .grpc.server import GrpcServer
+from .head import start_head
+from .http.app import create_app
+from .launcher.model import load_model_config
+
+logger = logging.getLogger(__name__)
+
+MAX_ONGOING_REQUESTS = 100_000
+"""The scheduler queues and orders requests; Serve must not do it before."""
+
+
+class _Replica:
+    """Connects to the Head of the application that it is deployed in, starting it if nobody has."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._application = serve.get_replica_context().app_name
+        self._connecting: asyncio.Task[AsyncLLM] | None = None
+
+    async def frontend(self) -> AsyncLLM:
+        """The frontend, once the Head is ready. A failed start is raised, and tried again by the next call."""
+        if self._connecting is None or (self._connecting.done() and self._connecting.exception()):
+            self._connecting = asyncio.create_task(self._connect())
+        return await asyncio.shield(self._connecting)
+
+    async def _connect(self) -> AsyncLLM:
+        model = await asyncio.to_thread(load_model_config, self._config.model)
+        head = await asyncio.to_thread(start_head, self._application, self._config, model)
+        try:
+            await wait_until_ready(head)
+        except KvartoError:
+            # What a group failed with at its first start does not mend itself in this Head: the next try has a new one.
+            await end_application(head)
+            raise
+        return await AsyncLLM.connect(self._config, partial(locate_head, self._application))
+
+
+@serve.ingress()
+class HttpFrontend(_Replica):
+    """The OpenAI-compatible API."""
+
+    def __init__(self, config: ServeConfig, *_: Any) -> None:
+        """What follows `config` are deployments that only have to exist."""
+        super().__init__(config)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self.frontend, self._config)  # type: ignore[arg-type]
+
+
+class GrpcFrontend(_Replica):
+    """The gRPC API, on a port of its own."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        super().__init__(config)
+        self._serving = asyncio.create_task(self._serve())
+
+    async def _serve(self) -> int:
+        while True:
+            try:
+                frontend = await self.frontend()
+            except KvartoError as error:
+                logger.warning("no gRPC yet: %s", error.message)
+                await asyncio.sleep(1.0)
+                continue
+            self._server = GrpcServer(frontend, self._config)
+            return await self._server.start()
+
+    async def port(self) -> int:
+        """The port in use, once the server listens. Raises `ResourcesError` when it cannot."""
+        return await asyncio.shield(self._serving)
+
+
+def build_app(args: ServeConfig | dict[str, Any]) -> serve.Application:
+    """The application of a Ray Serve config file (`import_path: kvarto:build_app`); `args` are the fields of
+    `ServeConfig`. Raises `ConfigError`."""
+    config = args if isinstance(args, ServeConfig) else ServeConfig.parse(dict(args))
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": config.drain_timeout_s + 5}
+    others = []
+    if config.grpc_port is not None:
+        others.append(serve.deployment(GrpcFrontend, name="grpc", **options).bind(config))
+    http = serve.deployment(HttpFrontend, name="http", num_replicas=config.num_frontends, **options)
+    return http.bind(config, *others)
