@@ -1,0 +1,5 @@
+"""`python -m kvarto` is the `kvarto` command."""
+
+from .cluster.cli import main
+
+main()
