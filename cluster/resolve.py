@@ -57,7 +57,7 @@ class Resolved:
             space, SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens), epoch=epoch,
             eos_token_ids=frozenset(self.model.eos_token_ids))
         return Engine(scheduler, link, info, metrics, async_scheduling=config.async_scheduling,
-                      step_timeout_s=config.step_timeout_s)
+                      step_timeout_s=config.step_timeout_s, check_integrity=config.check_integrity)
 
 
 def resolve(config: EngineConfig, model: ModelConfig, *, has_cuda: bool) -> Resolved:

@@ -46,6 +46,8 @@ class EngineConfig(BaseModel):
         120.0, description="A step or a collective that takes longer means that its worker group is dead.")
     lease_s: Annotated[float, Field(gt=0)] = Field(
         10.0, description="A rank that does not hear from its Head for so long ends itself.")
+    check_integrity: bool = Field(
+        False, description="Debug mode: check the block space's invariants after every step.")
     min_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
         None, description="First port for the processes' own sockets; default: any free one.")
     max_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(None, description="Last of these ports.")

@@ -30,7 +30,7 @@ class Engine:
 
     def __init__(
         self, scheduler: Scheduler, link: WorkerGroupLink, info: EngineInfo, metrics: Metrics, *,
-        async_scheduling: bool, step_timeout_s: float,
+        async_scheduling: bool, step_timeout_s: float, check_integrity: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.link = link
@@ -38,6 +38,7 @@ class Engine:
         self._metrics = metrics
         self._max_in_flight = link.max_in_flight if async_scheduling else 1
         self._step_timeout_s = step_timeout_s
+        self._check_integrity = check_integrity
         self._in_flight: dict[int, float] = {}
         self.last_progress_s = 0.0
         self.last_step_id: int | None = None
@@ -78,6 +79,8 @@ class Engine:
             self._slots_used += used
             self._slots_allocated += allocated
             self._num_steps += 1
+            if self._check_integrity:
+                self.scheduler.space.check_integrity()
 
     def receive(self, now: float) -> News:
         """Deltas of all results that have arrived. Raises `GroupFailedError` on an error or a silent group."""
@@ -123,4 +126,6 @@ class Engine:
         for group, delta in self.scheduler.update(result):
             self._metrics.on_delta(group, delta, now)
             news.append((group.owner, delta))
+        if self._check_integrity:
+            self.scheduler.space.check_integrity()
         return news

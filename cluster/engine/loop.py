@@ -86,7 +86,11 @@ class EngineLoop:
         else:
             return
         logger.error("worker group %d is gone: %s", index, reason)
-        self._deliver(engine.fail(reason), epoch)
+        news = engine.fail(reason)
+        self._deliver(news, epoch)
+        # Whoever has just been told to try again must not be told by the next health check that all is well.
+        for owner in {owner for owner, _ in news}:
+            self._transport.send(owner, self._pong())
         engine.link.close()
         self._on_group_failed(index, reason)
 
@@ -125,6 +129,10 @@ class EngineLoop:
                 engine.pump(self._clock())
             except GroupFailedError as error:
                 self.fail_group(index, str(error), engine.info.epoch)
+            except Exception as error:
+                # A defect must cost one group's requests, not everybody's answers: the loop goes on.
+                logger.exception("worker group %d: defect", index)
+                self.fail_group(index, f"{type(error).__name__}: {error}", engine.info.epoch)
             else:
                 # The ranks have their next plan before the frontends hear of the last one.
                 self._deliver(news, engine.info.epoch, engine.last_step_id)
@@ -143,8 +151,7 @@ class EngineLoop:
         elif isinstance(message, Query):
             self._transport.send(owner, Reply(query_id=message.query_id, body=self._answer(message.what)))
         elif isinstance(message, Ping):
-            reason = self._why_not_ready()
-            self._transport.send(owner, Pong(epoch=self._epoch, ready=not reason, reason=reason))
+            self._transport.send(owner, self._pong())
 
     def _add(self, owner: bytes, request: AddRequest) -> None:
         if self._draining:
@@ -157,6 +164,10 @@ class EngineLoop:
     def _cancel(self, owner: bytes, request_id: str, seq_index: int | None = None) -> None:
         for engine in self._engines.values():
             engine.scheduler.cancel(owner, request_id, seq_index)
+
+    def _pong(self) -> Pong:
+        reason = self._why_not_ready()
+        return Pong(epoch=self._epoch, ready=not reason, reason=reason)
 
     def _why_not_ready(self) -> str:
         """By progress, so that load alone never counts; empty when all is well."""

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
 from kvarto.cluster.model_hub import cache_folder
 from kvarto.cluster.text.tokenizer import Tokenizer
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 NUM_TOKENS = 64
 """Generated after each prompt."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from kvarto.kernels import available_backends
 
 NATIVE = [name for name in available_backends() if name.startswith("native-")]

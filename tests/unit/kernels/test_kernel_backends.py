@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kvarto.kernels import available_backends, backend, linear, pack_linear
 from kvarto.kernels.native import library
 

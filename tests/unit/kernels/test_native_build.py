@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from kvarto.kernels.native import library
 from kvarto.kernels.native.build import LIBRARY_NAME, NativeBuildError, build
 

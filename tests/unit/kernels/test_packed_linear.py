@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kvarto.kernels import linear, pack_linear
 from torch import Tensor
+
+from kvarto.kernels import linear, pack_linear
 
 FLOAT32_UNIT = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kvarto.kernels import paged_attention
 from torch import Tensor
+
+from kvarto.kernels import paged_attention
 
 FLOAT32_UNIT = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

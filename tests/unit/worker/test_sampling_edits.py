@@ -5,15 +5,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
+
 from kvarto.protos.errors import InvalidRequestError
 from kvarto.protos.sampling import SamplingParams
 from kvarto.worker.sampling.counts import TokenCounts
 from kvarto.worker.sampling.edits import apply_edits
 from kvarto.worker.sampling.state import SamplingState
-from transformers.generation.logits_process import (
-    MinNewTokensLengthLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-)
 
 VOCAB = 97
 EOS = 5

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from kvarto.worker.sampling.philox import philox4x32, uniforms
 
 

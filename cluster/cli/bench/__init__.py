@@ -1,0 +1,12 @@
+"""`kvarto bench`: how fast the engine is on this machine, each benchmark as one JSON line on stdout."""
+
+from __future__ import annotations
+
+import typer
+
+from .latency import latency
+from .throughput import throughput
+
+bench = typer.Typer(no_args_is_help=True, help="Measure throughput or latency; prints one JSON line.")
+bench.command()(throughput)
+bench.command()(latency)
