@@ -60,7 +60,7 @@ class HttpFrontend(_Replica):
         super().__init__(config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.frontend, self._config)  # type: ignore[arg-type]
+        return create_app(self.frontend, self._config)
 
 
 class GrpcFrontend(_Replica):
@@ -95,6 +95,8 @@ def build_app(args: ServeConfig | dict[str, Any]) -> serve.Application:
         "graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": config.drain_timeout_s + 5}
     others = []
     if config.grpc_port is not None:
-        others.append(serve.deployment(GrpcFrontend, name="grpc", **options).bind(config))
-    http = serve.deployment(HttpFrontend, name="http", num_replicas=config.num_frontends, **options)
-    return http.bind(config, *others)
+        grpc: Any = serve.deployment(GrpcFrontend, name="grpc", **options)
+        others.append(grpc.bind(config))
+    http: Any = serve.deployment(HttpFrontend, name="http", num_replicas=config.num_frontends, **options)
+    app: serve.Application = http.bind(config, *others)
+    return app

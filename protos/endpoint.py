@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import zmq
 from msgspec import Struct
 
@@ -18,8 +20,9 @@ class Endpoint(Struct, frozen=True, kw_only=True):
         return f"Endpoint({self.address})"
 
 
-def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, identity: bytes) -> zmq.Socket[bytes]:
-    """A DEALER socket on its way to `endpoint`; messages sent before it is there are queued."""
+def connect_dealer(context: zmq.Context[Any], endpoint: Endpoint, identity: bytes) -> Any:
+    """A DEALER socket of `context`'s kind (blocking or asyncio) on its way to `endpoint`; messages sent before it is
+    there are queued."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity)
     socket.setsockopt(zmq.LINGER, 200)

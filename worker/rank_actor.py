@@ -12,6 +12,7 @@ import ray
 from ..protos.endpoint import Endpoint
 from ..protos.step import RankConfig, RankReady
 from .rank_server import serve_rank
+from .threads import limit_spinning
 
 if TYPE_CHECKING:
     from .collectives import Communicator
@@ -21,6 +22,7 @@ class RankActor:
     """Made an actor where it is placed. Called in this order: `serve_store` (rank 0 only), `load`, `run`."""
 
     def __init__(self, config: RankConfig) -> None:
+        limit_spinning()
         self._config = config
 
     def serve_store(self) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ...protos.config import ServeConfig
 from ...protos.errors import KvartoError
 from .bench import bench
 from .chat import chat
@@ -59,19 +60,25 @@ def kvarto(
 
 
 @app.command()
-@takes_config("serve", model="optional")
+@takes_config(ServeConfig, model="optional")
 def serve(
     given: GivenConfig,
     address: Annotated[str | None, typer.Option(
         metavar="HOST:PORT", help="Ray cluster to run on; default: a local one, started here.")] = None,
 ) -> None:
     """Serve MODEL over HTTP (OpenAI's API) and gRPC until SIGTERM or Ctrl-C."""
-    from ...protos.config import ServeConfig
-
     config = ServeConfig.parse(given)
     from .serve import run_serve
 
     raise typer.Exit(run_serve(config, address))
+
+
+@app.command()
+def demo() -> None:
+    """Start a server, talk with it and end it."""
+    from .demo import run_demo
+
+    raise typer.Exit(run_demo())
 
 
 app.command()(generate)

@@ -20,7 +20,7 @@ Answer = Callable[[Messages], Pieces]
 """The pieces of the assistant's next message. Closing the generator ends it early."""
 
 
-@takes_config("engine", model="optional")
+@takes_config(EngineConfig, model="optional")
 def chat(
     given: GivenConfig,
     system: Annotated[str | None, typer.Option(help="What the assistant is told before all else.")] = None,

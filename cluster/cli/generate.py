@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FROM_STDIN = "-"
 
 
-@takes_config("engine", model="required")
+@takes_config(EngineConfig, model="required")
 def generate(
     given: GivenConfig,
     prompts: Annotated[list[str], typer.Argument(

@@ -14,14 +14,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 from pydantic.fields import FieldInfo
 
-from ...protos.config import EngineConfig, ServeConfig
+from ...protos.config import EngineConfig
 from ...protos.errors import ConfigError
 
 GivenConfig = dict[str, Any]
 """The configuration's keys that the file or the flags give, for `EngineConfig.parse` or `ServeConfig.parse`."""
 
 _METAVARS: dict[object, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "BOOLEAN"}
-_CLASSES: dict[str, type[EngineConfig]] = {"engine": EngineConfig, "serve": ServeConfig}
 _NULL = "null"
 
 _ConfigFile = Annotated[Path | None, typer.Option(
@@ -29,11 +28,11 @@ _ConfigFile = Annotated[Path | None, typer.Option(
 
 
 def takes_config(
-    kind: Literal["engine", "serve"], *, model: Literal["required", "optional", "flag"],
+    config_class: type[EngineConfig], *, model: Literal["required", "optional", "flag"],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command `--config` and an option per field of `EngineConfig` or `ServeConfig`; it finds the values in
-    its parameter `given`. An option of its own with a field's name takes that field's place. `model`: whether the
-    field of this name is a positional argument, which a configuration file can stand in for where it is optional.
+    """Give a command `--config` and an option per field of `config_class`; it finds the values in its parameter
+    `given`. An option of its own with a field's name takes that field's place. `model`: whether the field of this name
+    is a positional argument, which a configuration file can stand in for where it is optional.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -41,7 +40,7 @@ def takes_config(
         own = [_parameter(name, hints[name], parameter.default)
                for name, parameter in inspect.signature(command).parameters.items() if name != "given"]
         taken = {parameter.name for parameter in own}
-        fields = {name: field for name, field in _CLASSES[kind].model_fields.items() if name not in taken}
+        fields = {name: field for name, field in config_class.model_fields.items() if name not in taken}
 
         def run(config_file: Path | None, **values: Any) -> None:
             given = {name: value for name in fields if (value := values.pop(name)) is not None}
@@ -111,7 +110,7 @@ def _plain(value: object, field: FieldInfo) -> object:
 def _read(path: Path | None) -> Mapping[str, Any]:
     if path is None:
         return {}
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         values = yaml.safe_load(path.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-BAR_WIDTH = 24
+BAR_WIDTH = 12
 UNAVAILABLE = 503
 
 
@@ -60,13 +61,15 @@ def _print(url: str, health: dict[str, Any], state: dict[str, Any]) -> None:
 
 
 def _groups(state: dict[str, Any]) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table()
-    for heading in ("group", "epoch", "running", "waiting", "preemptions"):
+    # Narrow: seven columns fit a terminal of 80.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("group", "epoch", "running", "waiting", "preempted"):
         table.add_column(heading, justify="right")
-    table.add_column("blocks")
-    table.add_column("KV waste", justify="right")
+    table.add_column("blocks in use")
+    table.add_column("waste", justify="right")
     for index in map(str, range(state["num_groups"])):
         group = state["groups"].get(index)
         if group is None:
@@ -78,12 +81,12 @@ def _groups(state: dict[str, Any]) -> Table:
 
 
 def _bar(blocks: dict[str, int]) -> Text:
-    """Used and releasing blocks out of all, and the numbers of every state."""
+    """Used and releasing blocks out of all."""
     from rich.text import Text
 
-    total = blocks["total"]
-    ends = [round(BAR_WIDTH * count / total) for count in (blocks["used"], blocks["used"] + blocks["releasing"])]
-    numbers = ", ".join(f"{count:,} {state}" for state, count in blocks.items() if state != "total")
+    total, used = blocks["total"], blocks["used"]
+    # Rounded up, so that a few blocks of many are seen.
+    used_end, releasing_end = (math.ceil(BAR_WIDTH * count / total) for count in (used, used + blocks["releasing"]))
     return Text.assemble(
-        ("█" * ends[0], "cyan"), ("█" * (ends[1] - ends[0]), "yellow"), ("░" * (BAR_WIDTH - ends[1]), "dim"),
-        f" {numbers} of {total:,}")
+        ("█" * used_end, "cyan"), ("▓" * (releasing_end - used_end), "yellow"),
+        ("░" * (BAR_WIDTH - releasing_end), "dim"), f" {used:,}/{total:,}")

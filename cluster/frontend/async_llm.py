@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Self
 
 import msgspec
 
 from ...protos.config import EngineConfig, ServeConfig
-from ...protos.errors import ConfigError, UnavailableError
+from ...protos.endpoint import Endpoint
+from ...protos.errors import UnavailableError
 from ...protos.request import AddRequest, CancelRequest, DeltaBatch, EngineInfo
 from ...protos.sampling import SamplingParams
 from .. import admission
@@ -30,18 +32,22 @@ logger = logging.getLogger(__name__)
 class AsyncLLM:
     """Owns its requests: it keeps prompt, parameters and every token received. Belongs to one event loop.
 
-    Made by `AsyncLLM.start(...)` with the fields of `EngineConfig`, or by `connect` to a running application.
+    Made by `AsyncLLM.start(...)` with the fields of `EngineConfig`, or by `connect` to a running application. `info` is
+    what the engine said of itself; `default_sampling` are the recommendations of `generation_config.json`.
     """
 
-    def __init__(self, config: ServeConfig, tokenizer: Tokenizer, default_sampling: dict[str, Any]) -> None:
+    def __init__(
+        self, config: ServeConfig, client: EngineClient, info: EngineInfo, text: tuple[Tokenizer, dict[str, Any]],
+    ) -> None:
         self.config = config
-        self.tokenizer = tokenizer
-        self.default_sampling = default_sampling
-        self._info: EngineInfo | None = None
+        self.info = info
+        self.tokenizer, self.default_sampling = text
+        self._client = client
+        client.on_deltas, client.on_lost = self._on_deltas, self._on_lost
         self._requests: dict[str, RequestState] = {}
-        self._client = EngineClient(self._on_deltas, self._on_lost)
-        self._seeds = random.Random(config.seed)
-        self._on_close: list[Any] = []
+        # Several frontends serve the same users: each draws seeds of its own.
+        self._seeds = random.Random(f"{config.seed}/{client.connection.name}")
+        self._on_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
 
     @classmethod
@@ -63,11 +69,11 @@ class AsyncLLM:
     async def _start_inline(cls, config: ServeConfig) -> Self:
         from .inline_connection import InlineConnection
 
-        tokenizer, default_sampling = _load_text(config)
-        self = cls(config, tokenizer, default_sampling)
-        self._client.connection, _ = await InlineConnection.start(self._client, config)
-        self._info = await self._client.info()
-        return self
+        # Torch takes seconds to import, and the tokenizer needs none of it.
+        text = asyncio.create_task(asyncio.to_thread(_load_text, config))
+        client = EngineClient()
+        client.connection = await InlineConnection.start(client, config)
+        return cls(config, client, await client.info(), await text)
 
     @classmethod
     async def _start_on_ray(cls, config: ServeConfig) -> Self:
@@ -83,25 +89,14 @@ class AsyncLLM:
         return self
 
     @classmethod
-    async def connect(cls, config: ServeConfig, locate: Any) -> Self:
-        """A frontend of a Head that runs already; `locate()` is awaited for its `Endpoint`."""
+    async def connect(cls, config: ServeConfig, locate: Callable[[], Awaitable[Endpoint]]) -> Self:
+        """A frontend of a Head that runs already and is ready; `locate` finds its endpoint."""
         from .zmq_connection import ZmqConnection
 
-        tokenizer, default_sampling = _load_text(config)
-        self = cls(config, tokenizer, default_sampling)
-        connection = await ZmqConnection.start(self._client, locate)
-        # Several frontends serve the same users: each draws seeds of its own.
-        self._seeds = random.Random(f"{config.seed}/{connection.name}")
-        self._client.connection = connection
-        self._info = await self._client.info()
-        return self
-
-    @property
-    def info(self) -> EngineInfo:
-        """What the engine said of itself."""
-        if self._info is None:
-            raise ConfigError("this AsyncLLM was not started: use AsyncLLM.start")
-        return self._info
+        text = asyncio.create_task(asyncio.to_thread(_load_text, config))
+        client = EngineClient()
+        client.connection = await ZmqConnection.start(client, locate)
+        return cls(config, client, await client.info(), await text)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,

@@ -27,12 +27,16 @@ class EngineConnection(Protocol):
 
 
 class EngineClient:
-    """Queries and their answers, health, and the deltas in between. Belongs to one event loop."""
+    """Queries and their answers, health, and the deltas in between. Belongs to one event loop.
 
-    def __init__(self, on_deltas: Callable[[DeltaBatch], None], on_lost: Callable[[str], None]) -> None:
-        self.connection: EngineConnection
-        self.on_lost = on_lost
-        self._on_deltas = on_deltas
+    `connection` is set once it is made; `on_deltas` and `on_lost` are set by whoever owns requests.
+    """
+
+    connection: EngineConnection
+
+    def __init__(self) -> None:
+        self.on_deltas: Callable[[DeltaBatch], None] = lambda _: None
+        self.on_lost: Callable[[str], None] = lambda _: None
         self._queries: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._ids = itertools.count()
         self.last_pong: Pong | None = None
@@ -40,7 +44,7 @@ class EngineClient:
     def take(self, message: FromHead) -> None:
         """A message came from the Head."""
         if isinstance(message, DeltaBatch):
-            self._on_deltas(message)
+            self.on_deltas(message)
         elif isinstance(message, Reply):
             if (future := self._queries.pop(message.query_id, None)) and not future.done():
                 future.set_result(message.body)

@@ -11,7 +11,6 @@ from ..engine.inline import InlineTransport
 from ..engine.loop import EngineLoop
 from ..launcher.inline import start_inline
 from ..metrics import Metrics
-from ..resolve import Resolved
 from .client import EngineClient
 
 
@@ -29,14 +28,14 @@ class InlineConnection:
         self._thread = threading.Thread(target=self._engine_loop.run, name="engine-loop", daemon=True)
 
     @classmethod
-    async def start(cls, client: EngineClient, config: EngineConfig) -> tuple[InlineConnection, Resolved]:
+    async def start(cls, client: EngineClient, config: EngineConfig) -> InlineConnection:
         """Load the model and start the engine's thread. Raises `ConfigError` and its kin."""
         self = cls(client, asyncio.get_running_loop())
-        resolved, engine = await asyncio.to_thread(start_inline, config, self._metrics)
+        engine = await asyncio.to_thread(start_inline, config, self._metrics)
         self._engine_loop.add_group(0, engine, on_ready=lambda: None)
         self._thread.start()
         self.send(Ping())
-        return self, resolved
+        return self
 
     def send(self, message: ToHead) -> None:
         self._transport.submit(message)

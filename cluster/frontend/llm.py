@@ -41,7 +41,8 @@ class LLM:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True, priority: int | Sequence[int] = 0,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """The completions of each prompt, in order. One `SamplingParams` for all, or one each.
 

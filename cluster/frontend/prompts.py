@@ -25,9 +25,10 @@ def tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[str | None, list[int
                 param="prompt")
     if isinstance(prompt, str):
         return prompt, tokenizer.encode(prompt)
-    if not isinstance(prompt, Sequence) or any(isinstance(i, bool) or not isinstance(i, int) for i in prompt):
+    token_ids = [i for i in prompt if isinstance(i, int) and not isinstance(i, bool)]
+    if not isinstance(prompt, Sequence) or len(token_ids) != len(prompt):
         raise InvalidRequestError("a prompt is a string or a list of token ids", param="prompt")
-    return None, list(prompt)
+    return None, token_ids
 
 
 def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:

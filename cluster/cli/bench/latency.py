@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WARM_UP_OUTPUT_LEN = 2
 
 
-@takes_config("engine", model="flag")
+@takes_config(EngineConfig, model="flag")
 def latency(
     given: GivenConfig,
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,

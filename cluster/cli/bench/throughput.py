@@ -23,7 +23,7 @@ NUM_WARM_UP = 4
 _COUNTERS = ("slots_used", "slots_allocated", "num_preemptions")
 
 
-@takes_config("engine", model="flag")
+@takes_config(EngineConfig, model="flag")
 def throughput(
     given: GivenConfig,
     trace: Annotated[Path, typer.Option(

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from kvarto.cluster.cli.app import app
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
+
+from kvarto.cluster.cli.app import app
 
 TEXT = "the quick brown fox jumps over the lazy dog"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

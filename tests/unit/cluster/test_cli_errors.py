@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+
 from kvarto import __version__
 from kvarto.cluster.cli import main
 from kvarto.protos.errors import KvartoError, ModelLoadError

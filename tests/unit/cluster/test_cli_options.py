@@ -7,9 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
+
 from kvarto.cluster.cli.app import app
 from kvarto.protos.config import EngineConfig, ServeConfig
-from typer.testing import CliRunner
 
 COMMANDS = {
     "serve": (["serve"], ServeConfig), "generate": (["generate"], EngineConfig), "chat": (["chat"], EngineConfig),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from kvarto.cluster.cli.bench.trace import TraceRequest, read_trace
 from kvarto.protos.errors import ConfigError
 
