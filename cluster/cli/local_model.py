@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Coroutine, Generator, Sequence
-from concurrent.futures import Future
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ...protos.config import EngineConfig
@@ -17,11 +13,7 @@ if TYPE_CHECKING:
     from ..frontend.async_llm import AsyncLLM
     from ..frontend.request_state import RequestState
     from ..outputs import StreamChunk
-
 T = TypeVar("T")
-
-SETTLE_S = 10.0
-"""How long a start that was interrupted may take to end what it has started so far."""
 
 
 class LocalModel:
@@ -38,29 +30,19 @@ class LocalModel:
         from rich.console import Console
 
         from ..frontend.async_llm import AsyncLLM
+        from ..frontend.background_loop import BackgroundLoop
 
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="frontend", daemon=True)
-        self._thread.start()
+        self._loop = BackgroundLoop()
         try:
             with Console(stderr=True).status(f"loading {config.model}"):
-                self.frontend = self.run(AsyncLLM.start(**config.model_dump(exclude_unset=True)))
+                self.frontend = self._loop.run(AsyncLLM.start(**config.model_dump(exclude_unset=True)))
         except BaseException:
-            self._stop_loop()
+            self._loop.close()
             raise
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What `coroutine` returns or raises, run on the model's event loop."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        done: SimpleQueue[Future[T]] = SimpleQueue()
-        future.add_done_callback(done.put)
-        try:
-            # Not `future.result()` at once: a Ctrl-C that comes while it takes its lock back is lost in an error of the
-            # lock's. This wait is one call into C.
-            return done.get().result()
-        except BaseException:
-            future.cancel()
-            raise
+        return self._loop.run(coroutine)
 
     def submit(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[RequestState]:
         """Submit all prompts at once. Each is checked before the first is submitted: raises `InvalidRequestError`."""
@@ -77,7 +59,7 @@ class LocalModel:
     def close(self) -> None:
         """End what was started."""
         self.run(self.frontend.close())
-        self._stop_loop()
+        self._loop.close()
 
     def __enter__(self) -> Self:
         return self
@@ -95,17 +77,6 @@ class LocalModel:
                     raise type(error)(f"prompt {number}: {error.message}", param=error.param) from None
                 raise
         return [self.frontend.submit(request) for request in requests]
-
-    def _stop_loop(self) -> None:
-        self.run(_settle())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
-async def _settle() -> None:
-    if others := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait(others, timeout=SETTLE_S)
 
 
 async def _next_chunk(request: RequestState) -> StreamChunk | None:

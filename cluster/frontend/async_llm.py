@@ -49,6 +49,7 @@ class AsyncLLM:
         self._seeds = random.Random(f"{config.seed}/{client.connection.name}")
         self._on_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
+        self._clamp_reported = False
 
     @classmethod
     async def start(cls, model: str, **options: Any) -> Self:
@@ -129,7 +130,7 @@ class AsyncLLM:
         """Check a request and give it an id and, where it is to be sampled at random, a seed. Takes nothing."""
         max_tokens = admission.check(token_ids, params, self.info)
         if params.max_tokens is None and len(token_ids) + max_tokens < self.info.max_model_len:
-            logger.warning("max_tokens is clamped to %d: more does not fit the KV cache", max_tokens)
+            self._report_clamp(max_tokens)
         changes: dict[str, Any] = {"max_tokens": max_tokens}
         if params.seed is None and not params.greedy:
             changes["seed"] = self._seeds.getrandbits(63)
@@ -186,6 +187,13 @@ class AsyncLLM:
     def _on_lost(self, reason: str) -> None:
         for state in list(self._requests.values()):
             state.fail(UnavailableError(reason))
+
+    def _report_clamp(self, max_tokens: int) -> None:
+        if not self._clamp_reported:
+            self._clamp_reported = True
+            logger.warning(
+                "a request without max_tokens may generate %d here: the KV cache holds fewer than max_model_len "
+                "tokens per sequence (said once)", max_tokens)
 
     def _cancel(self, request_id: str, seq_index: int | None) -> None:
         self._client.connection.send(CancelRequest(request_id=request_id, seq_index=seq_index))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
@@ -14,6 +13,7 @@ from ...protos.request import AddRequest
 from ...protos.sampling import SamplingParams
 from ..outputs import RequestOutput
 from .async_llm import AsyncLLM
+from .background_loop import BackgroundLoop
 from .collect import add_chunk, empty_output
 from .prompts import Prompt, is_single, tokenize
 
@@ -30,13 +30,11 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         """Raises `ConfigError` and its kin; nothing is left running then."""
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="llm-frontend", daemon=True)
-        self._thread.start()
+        self._loop = BackgroundLoop()
         try:
-            self._frontend = self._run(AsyncLLM.start(model, **options))
+            self._frontend = self._loop.run(AsyncLLM.start(model, **options))
         except BaseException:
-            self._stop_loop()
+            self._loop.close()
             raise
 
     def generate(
@@ -44,14 +42,16 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
         priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
-        """The completions of each prompt, in order. One `SamplingParams` for all, or one each.
+        """The completions of each prompt, in order. One `SamplingParams` for all, or one each; by default those that
+        the model's makers recommend.
 
         Every request is checked before the first is submitted: `InvalidRequestError` names the first bad one.
         """
         many: list[Prompt] = [prompts] if is_single(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
-        params = _one_each(sampling_params or SamplingParams(), len(many), "sampling_params")
+        default = SamplingParams(**self._frontend.default_sampling)
+        params = _one_each(sampling_params or default, len(many), "sampling_params")
         priorities = _one_each(priority, len(many), "priority")
-        return self._run(self._generate(many, params, priorities, use_tqdm))
+        return self._loop.run(self._generate(many, params, priorities, use_tqdm))
 
     def chat(
         self, messages: Messages | Sequence[Messages],
@@ -70,7 +70,7 @@ class LLM:
 
     def status(self) -> dict[str, Any]:
         """The engine's own accounting: requests, blocks, steps, preemptions."""
-        return self._run(self._frontend.status())
+        return self._loop.run(self._frontend.status())
 
     @property
     def tokenizer(self) -> Any:
@@ -78,9 +78,9 @@ class LLM:
 
     def close(self) -> None:
         """End what was started. Idempotent."""
-        if self._thread.is_alive():
-            self._run(self._frontend.close())
-            self._stop_loop()
+        if not self._loop.closed:
+            self._loop.run(self._frontend.close())
+            self._loop.close()
 
     def __enter__(self) -> Self:
         return self
@@ -120,19 +120,6 @@ class LLM:
         finally:
             await state.aclose()
         progress.update()
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def _stop_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 def _one_each(value: T | Sequence[T], count: int, name: str) -> list[T]:

@@ -25,8 +25,8 @@ def tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[str | None, list[int
                 param="prompt")
     if isinstance(prompt, str):
         return prompt, tokenizer.encode(prompt)
-    token_ids = [i for i in prompt if isinstance(i, int) and not isinstance(i, bool)]
-    if not isinstance(prompt, Sequence) or len(token_ids) != len(prompt):
+    token_ids = [i for i in prompt if type(i) is int] if isinstance(prompt, Sequence) else None
+    if token_ids is None or len(token_ids) != len(prompt):
         raise InvalidRequestError("a prompt is a string or a list of token ids", param="prompt")
     return None, token_ids
 
