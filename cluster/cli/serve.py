@@ -113,6 +113,7 @@ def _drain(head: Any, timeout_s: float) -> None:
 def _tear_down(head: Any, owns_ray: bool) -> None:
     if head is not None:
         asyncio.run(end_application(head))
-    serve.shutdown()
     if owns_ray:
         ray.shutdown()
+    else:
+        serve.delete(APPLICATION)
