@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 MAX_CALLS = 16
 """Calls that the actor answers at once: frontends ask for the endpoint while `start` waits for the ranks."""
 
+ORPHAN_S = 120.0
+"""A Head that no frontend has spoken to for so long belongs to nobody: its callers are dead or its app is deleted."""
+
 
 class _Group:
     """A placed group together with its engine, as the supervisor wants it."""
@@ -56,6 +59,7 @@ class Head:
         self._started = threading.Event()
         self._error: BaseException | None = None
         threading.Thread(target=self._start, name="start", daemon=True).start()
+        threading.Thread(target=self._watch_for_frontends, name="orphan", daemon=True).start()
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Whether all worker groups are ready, after waiting up to `timeout_s`. Raises what a group failed with at its
@@ -97,6 +101,15 @@ class Head:
         except Exception as error:
             self._error = error if isinstance(error, KvartoError) else KvartoError(f"{type(error).__name__}: {error}")
         self._started.set()
+
+    def _watch_for_frontends(self) -> None:
+        self._started.wait()
+        ready_s = time.monotonic()
+        while time.monotonic() - max(ready_s, self._loop.last_heard_s) < ORPHAN_S:
+            time.sleep(1.0)
+        logger.warning("no frontend has spoken for %g s: ending", ORPHAN_S)
+        self.stop()
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     def _on_group_failed(self, index: int, reason: str) -> None:
         self._supervisor.on_group_failed(index, reason)

@@ -49,6 +49,8 @@ class EngineLoop:
         self._joining: dict[int, tuple[Engine, Callable[[], None]]] = {}
         self._posted: deque[Callable[[], None]] = deque()
         self._next_housekeeping_s = 0.0
+        self.last_heard_s = clock()
+        """When a frontend last spoke, or the loop began; may be read from any thread."""
         self._draining = False
         self._stopped = False
         self._num_groups = 0
@@ -119,6 +121,7 @@ class EngineLoop:
         while self._posted:
             self._posted.popleft()()
         for owner, message in self._transport.receive():
+            self.last_heard_s = self._clock()
             self._handle(owner, message)
         for index in [index for index, (engine, _) in self._joining.items() if engine.link.connected]:
             self._engines[index], on_ready = self._joining.pop(index)
