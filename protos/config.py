@@ -21,7 +21,8 @@ class EngineConfig(BaseModel):
         "auto", description="Of weights, activations and KV cache; auto: as saved in the model's files.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     executor: Literal["auto", "inline", "ray"] = Field(
-        "auto", description="inline: in this process; auto: inline for one rank, else ray. `kvarto serve` uses ray.")
+        "auto", description="inline: in this process, ranks as threads; auto: inline for one rank, else ray. "
+        "`kvarto serve` uses ray.")
     tensor_parallel_size: Positive = Field(1, description="Ranks that share one copy of the model.")
     num_worker_groups: Positive = Field(1, description="Copies of the model, each a tensor-parallel worker group.")
     max_model_len: Positive | None = Field(
@@ -65,8 +66,6 @@ class EngineConfig(BaseModel):
             raise ValueError("min_port and max_port go together: set both or none")
         if self.min_port is not None and self.max_port is not None and self.max_port < self.min_port:
             raise ValueError(f"max_port ({self.max_port}) is below min_port ({self.min_port})")
-        if self.executor == "inline" and self.tensor_parallel_size > 1:
-            raise ValueError("executor='inline' runs one rank: use executor='ray' with tensor_parallel_size > 1")
         if self.executor == "inline" and self.num_worker_groups > 1:
             raise ValueError("executor='inline' runs one worker group: use executor='ray' for num_worker_groups > 1")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from datetime import timedelta
 
@@ -55,6 +56,47 @@ class SingleRank(Communicator):
         return None
 
 
+class ThreadCommunicator(Communicator):
+    """Ranks that are threads of one process: debugging and tests of tensor parallelism without Ray. Made by `group`."""
+
+    def __init__(self, rank: int, slots: list[torch.Tensor | None], barrier: threading.Barrier) -> None:
+        self.rank = rank
+        self.world_size = len(slots)
+        self._slots = slots
+        self._barrier = barrier
+
+    @classmethod
+    def group(cls, world_size: int, timeout_s: float) -> list[ThreadCommunicator]:
+        """The communicators of `world_size` threads; `timeout_s` is the deadline of every collective."""
+        slots: list[torch.Tensor | None] = [None] * world_size
+        barrier = threading.Barrier(world_size, timeout=timeout_s)
+        return [cls(rank, slots, barrier) for rank in range(world_size)]
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(_sum_in_order(self.all_gather_rows(tensor)))
+
+    def all_gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._slots[self.rank] = tensor
+        self._wait()
+        gathered = torch.stack([part for part in self._slots if part is not None])
+        # Nobody may overwrite a slot, or change its tensor in place, before all have read it.
+        self._wait()
+        return gathered
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        return tensor.copy_(self.all_gather_rows(tensor)[src])
+
+    def close(self) -> None:
+        """The others' collectives fail from now on instead of waiting for this rank."""
+        self._barrier.abort()
+
+    def _wait(self) -> None:
+        try:
+            self._barrier.wait()
+        except threading.BrokenBarrierError as error:
+            raise UnavailableError(f"a collective on rank {self.rank} of {self.world_size} lost a peer") from error
+
+
 class TorchCommunicator(Communicator):
     """`torch.distributed`'s default group of this process, gloo or nccl. Made by `connect`."""
 
@@ -70,11 +112,7 @@ class TorchCommunicator(Communicator):
             return tensor
         # Gloo would add half-precision numbers in half precision, in an order that depends on the size of the
         # message, so that a row's bits would depend on the batch it is in. Rank order in float32 depends on neither.
-        parts = self.all_gather_rows(tensor)
-        total = parts[0].float()
-        for part in parts[1:]:
-            total += part
-        return tensor.copy_(total)
+        return tensor.copy_(_sum_in_order(self.all_gather_rows(tensor)))
 
     def all_gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         gathered = tensor.new_empty((self.world_size, *tensor.shape))
@@ -97,6 +135,14 @@ class TorchCommunicator(Communicator):
             raise UnavailableError(
                 f"{name} on rank {self.rank} of {self.world_size} did not end within {self._timeout_s:g} s or lost "
                 f"a peer ({error}); the worker group must be started again") from error
+
+
+def _sum_in_order(parts: torch.Tensor) -> torch.Tensor:
+    # parts: [world_size, ...] -> float32 [...]
+    total = parts[0].float()
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def serve_store(host: str, port: int = 0) -> tuple[TCPStore, int]:

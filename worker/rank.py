@@ -97,6 +97,10 @@ class Rank:
         result.seconds = time.perf_counter() - started
         return result
 
+    def close(self) -> None:
+        """Leave the group: collectives that wait for this rank fail."""
+        self._comm.close()
+
     def _sample(self, plan: StepPlan, layout: StepLayout, hidden: torch.Tensor, result: StepResult) -> None:
         """The next token of every sequence whose last known token was computed."""
         done = np.flatnonzero(layout.ends == self._table.num_tokens[layout.rows])

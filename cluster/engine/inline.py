@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from ...protos.request import FromHead, ToHead
@@ -17,19 +18,24 @@ OWNER = b"inline"
 
 
 class Rank(Protocol):
-    """The one rank of an inline worker group."""
+    """One rank of an inline worker group."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step. Raises what the step raises."""
 
+    def close(self) -> None:
+        """Let ranks that wait for this one fail instead."""
+
 
 class InlineWorkerGroup:
-    """Runs a plan on the loop's own thread when its result is asked for, so that deltas are sent before the next."""
+    """Runs a plan when its result is asked for, so that deltas are sent before the next one is run: on the loop's own
+    thread, or with several ranks on a thread each."""
 
     max_in_flight = 1
 
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
+    def __init__(self, ranks: Sequence[Rank]) -> None:
+        self._ranks = ranks
+        self._threads = ThreadPoolExecutor(len(ranks), thread_name_prefix="rank") if len(ranks) > 1 else None
         self._plan: StepPlan | None = None
 
     def send(self, plan: StepPlan) -> None:
@@ -40,7 +46,7 @@ class InlineWorkerGroup:
         if plan is None:
             return []
         try:
-            return [self._rank.execute(plan)]
+            return [self._execute(plan)]
         except Exception as error:
             logger.exception("step %d failed", plan.step_id)
             raise GroupFailedError(f"step {plan.step_id} failed: {error}") from error
@@ -54,10 +60,26 @@ class InlineWorkerGroup:
         return self._plan is not None
 
     def renew_lease(self) -> None:
-        """Nothing to renew: rank and Head are one process."""
+        """Nothing to renew: ranks and Head are one process."""
 
     def close(self) -> None:
         self._plan = None
+        if self._threads is not None:
+            self._threads.shutdown()
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        if self._threads is None:
+            return self._ranks[0].execute(plan)
+
+        def execute(rank: Rank) -> StepResult:
+            try:
+                return rank.execute(plan)
+            except BaseException:
+                rank.close()
+                raise
+
+        result, *_ = self._threads.map(execute, self._ranks)
+        return result
 
 
 class InlineTransport:

@@ -1,4 +1,4 @@
-"""One rank in this process."""
+"""A worker group in this process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ def start_inline(config: EngineConfig, metrics: Metrics) -> Engine:
     """Load the model and allocate its pools. Raises `ConfigError` and its kin."""
     # Before torch is imported, which is why its users are imported here.
     limit_spinning()
-    from ...worker.collectives import SingleRank
+    from ...worker.collectives import Communicator, SingleRank, ThreadCommunicator
     from ...worker.devices import has_cuda
     from ...worker.rank import Rank
 
     resolved = resolve(config, load_model_config(config.model), has_cuda=has_cuda())
-    rank = Rank(resolved.rank_config(rank=0, epoch=1), SingleRank())
-    ready = rank.ready()
-    blocks = resolved.blocks([ready])
-    rank.allocate(blocks)
-    return resolved.engine([ready], blocks, InlineWorkerGroup(rank), 1, metrics)
+    tp_size = config.tensor_parallel_size
+    comms: list[Communicator] = [SingleRank()]
+    if tp_size > 1:
+        comms = [*ThreadCommunicator.group(tp_size, config.step_timeout_s)]
+    ranks = [Rank(resolved.rank_config(rank, epoch=1), comm) for rank, comm in enumerate(comms)]
+    ready = [rank.ready() for rank in ranks]
+    blocks = resolved.blocks(ready)
+    for rank in ranks:
+        rank.allocate(blocks)
+    return resolved.engine(ready, blocks, InlineWorkerGroup(ranks), 1, metrics)

@@ -135,10 +135,10 @@ class Scheduler:
         self._done_step_id = result.step_id
         self.space.step_done(result.step_id)
         for prompt in result.prompt_logprobs:
-            sequence = self._sequences.get(prompt.seq_id)
-            # One that was preempted meanwhile starts over: what does not continue what is kept is of its former run.
-            if sequence and prompt.first == len(sequence.prompt_logprobs) + 1:
-                sequence.prompt_logprobs.extend(prompt.positions)
+            if sequence := self._sequences.get(prompt.seq_id):
+                # One that was preempted computes its prompt again, in other chunks: what is kept already is skipped.
+                known = len(sequence.prompt_logprobs) + 1 - prompt.first
+                sequence.prompt_logprobs.extend(prompt.positions[known:])
         news = []
         for token in result.tokens:
             sequence = self._sequences.get(token.seq_id)
@@ -239,7 +239,6 @@ class Scheduler:
                 sequence.last_step_id = draft.previous_step_id
             self._leave_ranks(sequence)
             sequence.num_computed_tokens = 0
-            sequence.prompt_logprobs = []
         self._running.pop(bisect_left(self._running, group.key, key=lambda g: g.key))
         group.status = Status.WAITING
         heapq.heappush(self._waiting, (group.key, group))

@@ -17,8 +17,10 @@ SETTLE_S = 10.0
 """A plan in flight still names blocks whose sequences have ended; it ends well within this."""
 
 
-def _load_oracle() -> ModuleType:
-    """The module beside this one: pytest's importlib mode puts no test folder on the path."""
+@pytest.fixture(scope="session")
+def oracle_module() -> ModuleType:
+    """The module beside this one: pytest's importlib mode puts no test folder on the path. A fixture, so that
+    Transformers is imported where it is used and not wherever tests are collected."""
     spec = importlib.util.spec_from_file_location("parity_oracle", Path(__file__).with_name("oracle.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -28,22 +30,20 @@ def _load_oracle() -> ModuleType:
     return module
 
 
-_ORACLE = _load_oracle()
-
-
 @pytest.fixture(scope="session")
 def model_path() -> str:
     return resolve_model("smollm2-135m")
 
 
 @pytest.fixture(scope="session")
-def prompts(model_path: str) -> list[Any]:
-    return _ORACLE.read_prompts(model_path)
+def prompts(oracle_module: ModuleType, model_path: str) -> list[Any]:
+    """The 32 prompts, each with its `name` and `token_ids`."""
+    return oracle_module.read_prompts(model_path)
 
 
 @pytest.fixture(scope="session")
-def oracle(model_path: str, prompts: list[Any]) -> Any:
-    return _ORACLE.Oracle(model_path, prompts)
+def oracle(oracle_module: ModuleType, model_path: str, prompts: list[Any]) -> Any:
+    return oracle_module.Oracle(model_path, prompts)
 
 
 @pytest.fixture(scope="session")

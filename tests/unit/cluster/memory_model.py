@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvarto.protos.step import SampledToken, StepPlan, StepResult
+from kvarto.protos.step import PromptLogprobs, SampledToken, StepPlan, StepResult, TokenLogprobs
 
 VOCAB = 50
 
@@ -38,8 +38,10 @@ class MemoryModelRank:
             del self.sequences[seq_id]
         for start in plan.starts:
             assert start.seq_id not in self.sequences
-            self.sequences[start.seq_id] = {"tokens": list(start.token_ids), "computed": 0, "table": []}
-        sampled = []
+            self.sequences[start.seq_id] = {
+                "tokens": list(start.token_ids), "computed": 0, "table": [],
+                "prompt": list(start.token_ids) if len(start.token_ids) == start.num_prompt_tokens else []}
+        sampled, prompt_logprobs = [], []
         written: set[int] = set()
         for step in plan.steps:
             sequence = self.sequences[step.seq_id]
@@ -47,7 +49,7 @@ class MemoryModelRank:
                 sequence["table"].extend(step.new_block_ids[0])
             tokens, table, begin = sequence["tokens"], sequence["table"], sequence["computed"]
             end = begin + step.num_tokens
-            assert 0 < step.num_tokens and end <= len(tokens)
+            assert step.num_tokens > 0 and end <= len(tokens)
             for position in range(end):
                 block = table[position // self.block_size]
                 assert 1 <= block <= self.num_blocks
@@ -59,8 +61,12 @@ class MemoryModelRank:
                     written.add(slot)
                     self.memory[slot] = (step.seq_id, tokens[position])
             sequence["computed"] = end
+            if known := sequence["prompt"][begin + 1: end + 1]:
+                prompt_logprobs.append(PromptLogprobs(seq_id=step.seq_id, first=begin + 1, positions=[
+                    TokenLogprobs(token_id=token, logprob=0.0, rank=1, top_token_ids=[], top_logprobs=[])
+                    for token in known]))
             if end == len(tokens):
                 token = next_token(tokens)
                 tokens.append(token)
                 sampled.append(SampledToken(seq_id=step.seq_id, token_id=token))
-        return StepResult(epoch=plan.epoch, step_id=plan.step_id, tokens=sampled)
+        return StepResult(epoch=plan.epoch, step_id=plan.step_id, tokens=sampled, prompt_logprobs=prompt_logprobs)

@@ -6,6 +6,7 @@ import importlib.util
 from collections import deque
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -13,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvarto.cluster.admission import check
 from kvarto.cluster.block_space import BlockSpace
 from kvarto.cluster.scheduler import Scheduler, SchedulerLimits
-from kvarto.protos.errors import PromptTooLongError
+from kvarto.protos.errors import InvalidRequestError
 from kvarto.protos.model import KVGroupSpec
 from kvarto.protos.request import AddRequest, EngineInfo
 from kvarto.protos.sampling import SamplingParams
@@ -55,13 +56,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30), priority=st.integers(0, 2), n=st.integers(1, 2))
     def add(self, prompt: list[int], max_tokens: int, priority: int, n: int) -> None:
         params = SamplingParams(max_tokens=max_tokens, n=n)
-        try:
-            resolved = check(prompt, params, self.info)
-        except Exception as error:
-            worst = n * -(-(len(prompt) + max_tokens) // self.info.block_size)
-            assert worst > self.info.num_blocks or n > self.info.max_num_seqs
-            assert isinstance(error, PromptTooLongError) or n > self.info.max_num_seqs
+        worst = n * -(-(len(prompt) + max_tokens) // self.info.block_size)
+        if n > self.info.max_num_seqs or worst > self.info.num_blocks:
+            with pytest.raises(InvalidRequestError):
+                check(prompt, params, self.info)
             return
+        resolved = check(prompt, params, self.info)
         request_id = str(self.next_id)
         self.next_id += 1
         for index in range(n):
@@ -100,6 +100,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert group.request.request_id not in self.cancelled
             assert key not in self.finished
             assert delta.first == len(self.got[key])
+            expected = [] if self.got[key] else group.request.prompt_token_ids[1:]
+            assert [entry.token_id for entry in delta.prompt_logprobs] == expected
             self.got[key].extend(delta.token_ids)
             if delta.finish_reason:
                 self.finished.add(key)
