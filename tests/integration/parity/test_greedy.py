@@ -39,6 +39,7 @@ def case(name: str, *, alone: bool = False, every: int = 1, slow: bool = True, *
     return pytest.param(Case(options, alone, every), id=name, marks=[pytest.mark.slow] if slow else [])
 
 
+INLINE: dict[str, Any] = {"executor": "inline"}
 RAY: dict[str, Any] = {"executor": "ray"}
 CASES = [
     case("inline-block16", block_size=16, slow=False),
