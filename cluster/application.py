@@ -15,6 +15,9 @@ from ..protos.endpoint import Endpoint
 from ..protos.errors import KvartoError, ResourcesError
 from .head import find_head, start_head
 from .launcher.model import load_model_config
+from .launcher.on_ray import end_ranks_of
+
+logger = logging.getLogger(__name__)
 
 STOP_S = 20.0
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -29,7 +32,8 @@ async def locate_head(application: str) -> Endpoint:
 
 
 async def wait_until_ready(head: Any) -> None:
-    """Return when all worker groups are ready. Raises the `KvartoError` that one failed with."""
+    """Return when all worker groups are ready. Raises the `KvartoError` that one failed with, and a `KvartoError` for
+    a Head that died."""
     while True:
         try:
             if await head.wait_ready.remote(5.0):
@@ -38,14 +42,19 @@ async def wait_until_ready(head: Any) -> None:
             if isinstance(error.cause, KvartoError):
                 raise error.cause from None
             raise
+        except ray.exceptions.RayActorError as error:
+            raise KvartoError(f"the Head died: {error}") from None
 
 
-async def end_application(head: Any) -> None:
-    """End the ranks and the Head."""
+async def end_application(application: str, head: Any) -> None:
+    """End the ranks and the Head of `application`, also where the Head is dead or does not stop in time."""
     try:
         await asyncio.wait_for(asyncio.wrap_future(head.stop.remote().future()), STOP_S)
+    except Exception as error:
+        logger.warning("the Head did not stop by itself: %s", str(error) or type(error).__name__)
     finally:
         ray.kill(head, no_restart=True)
+        await asyncio.to_thread(end_ranks_of, application)
 
 
 def start_ray(address: str | None = None) -> bool:
@@ -74,10 +83,10 @@ class PrivateApplication:
     @classmethod
     async def start(cls, config: EngineConfig) -> PrivateApplication:
         """Raises `ConfigError` and its kin; nothing is left running then."""
-        model = load_model_config(config.model)
+        model = await asyncio.to_thread(load_model_config, config.model)
         owns_ray = await asyncio.to_thread(start_ray)
         name = f"llm-{uuid.uuid4().hex[:8]}"
-        self = cls(name, start_head(name, config, model), owns_ray)
+        self = cls(name, await asyncio.to_thread(start_head, name, config, model), owns_ray)
         try:
             await wait_until_ready(self._head)
         except BaseException:
@@ -89,6 +98,6 @@ class PrivateApplication:
         return await locate_head(self._name)
 
     async def close(self) -> None:
-        await end_application(self._head)
+        await end_application(self._name, self._head)
         if self._owns_ray:
             await asyncio.to_thread(ray.shutdown)

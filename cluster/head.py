@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from typing import Any
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_CALLS = 16
 """Calls that the actor answers at once: frontends ask for the endpoint while `start` waits for the ranks."""
 
+RETRY_S = 2.0
 ORPHAN_S = 120.0
 """A Head that no frontend has spoken to for so long belongs to nobody: its callers are dead or its app is deleted."""
 
@@ -46,15 +48,19 @@ class Head:
 
     def __init__(self, application: str, config: EngineConfig, model: ModelConfig) -> None:
         logging.basicConfig(level=logging.INFO)
+        self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
         end_ranks_of(application)
         self._application = application
         self._resolved = resolve(config, model, has_cuda=bool(ray.cluster_resources().get("GPU")))
         self._metrics = Metrics()
         self._hub = ZmqHub(ray.util.get_node_ip_address(), min_port=config.min_port, max_port=config.max_port)
         self._loop = EngineLoop(self._hub, self._metrics, on_group_failed=self._on_group_failed)
-        self._thread = threading.Thread(target=self._loop.run, name="engine-loop", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="engine-loop", daemon=True)
         self._thread.start()
-        self._supervisor = Supervisor(self._bring_up, self._loop, config.num_worker_groups)
+        # Names and messages of a former Head's groups may still be about: no epoch comes twice.
+        first_epoch = int(time.time()) if self._restarted else 1
+        self._supervisor = Supervisor(
+            self._bring_up, self._loop, config.num_worker_groups, first_epoch=first_epoch)
         self._pids: dict[int, list[int]] = {}
         self._started = threading.Event()
         self._error: BaseException | None = None
@@ -95,10 +101,23 @@ class Head:
         self._loop.stop()
         self._thread.join()
 
+    def _run_loop(self) -> None:
+        try:
+            self._loop.run()
+        except BaseException:
+            # Without its loop this process answers nobody and looks alive: Ray starts another.
+            logger.exception("the engine loop died")
+            os._exit(1)
+
     def _start(self) -> None:
         try:
             self._supervisor.start()
         except Exception as error:
+            if self._restarted:
+                # This configuration has worked: Ray starts another Head, and what is in the way may be gone then.
+                logger.exception("a restarted Head could not start its worker groups")
+                time.sleep(RETRY_S)
+                os._exit(1)
             self._error = error if isinstance(error, KvartoError) else KvartoError(f"{type(error).__name__}: {error}")
         self._started.set()
 

@@ -45,8 +45,9 @@ class Metrics:
             return
         last = group.last_token_s.get(delta.seq_index)
         if last is None:
-            self.ttft_seconds.observe(now - group.arrived_s)
-            self.prompt_tokens.inc(len(group.request.prompt_token_ids))
+            if not group.last_token_s:
+                self.ttft_seconds.observe(now - group.arrived_s)
+                self.prompt_tokens.inc(len(group.request.prompt_token_ids))
         else:
             self.itl_seconds.observe(now - last)
         group.last_token_s[delta.seq_index] = now

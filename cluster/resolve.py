@@ -75,4 +75,5 @@ def resolve(config: EngineConfig, model: ModelConfig, *, has_cuda: bool) -> Reso
     return Resolved(
         config=config, model=model, device=device, dtype=model.torch_dtype if config.dtype == "auto" else config.dtype,
         max_model_len=config.max_model_len or model.max_position_embeddings,
-        threads_per_rank=config.threads_per_rank or max(1, cores // config.tensor_parallel_size))
+        threads_per_rank=config.threads_per_rank or max(
+            1, cores // (config.tensor_parallel_size * config.num_worker_groups)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,10 @@ from fastapi import FastAPI
 from ray import serve
 
 from ..protos.config import ServeConfig
+from ..protos.endpoint import Endpoint
 from ..protos.errors import KvartoError
-from .application import end_application, locate_head, wait_until_ready
+from ..protos.model import ModelConfig
+from .application import end_application, wait_until_ready
 from .frontend.async_llm import AsyncLLM
 from .grpc.server import GrpcServer
 from .head import start_head
@@ -46,9 +49,15 @@ class _Replica:
             await wait_until_ready(head)
         except KvartoError:
             # What a group failed with at its first start does not mend itself in this Head: the next try has a new one.
-            await end_application(head)
+            await end_application(self._application, head)
             raise
-        return await AsyncLLM.connect(self._config, partial(locate_head, self._application))
+        return await AsyncLLM.connect(self._config, partial(self._locate, model), seed_salt=uuid.uuid4().hex)
+
+    async def _locate(self, model: ModelConfig) -> Endpoint:
+        """Where the Head is, which is started if it has ended for good."""
+        head = await asyncio.to_thread(start_head, self._application, self._config, model)
+        endpoint: Endpoint = await head.endpoint.remote()
+        return endpoint
 
 
 @serve.ingress()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+from ..protos.errors import UnavailableError
 from .engine.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -44,14 +45,18 @@ class GroupHost(Protocol):
 class Supervisor:
     """`start(index, epoch)` brings up one worker group, with an epoch that no group had before."""
 
-    def __init__(self, start: Callable[[int, int], RunningGroup], host: GroupHost, num_groups: int) -> None:
+    def __init__(
+        self, start: Callable[[int, int], RunningGroup], host: GroupHost, num_groups: int, *, first_epoch: int = 1,
+    ) -> None:
         self._start = start
         self._host = host
         self._epoch_lock = threading.Lock()
-        self._last_epoch = 0
+        self._last_epoch = first_epoch - 1
         self._stopped = threading.Event()
         self._failed = [threading.Event() for _ in range(num_groups)]
         self._ready = [threading.Event() for _ in range(num_groups)]
+        self._reasons = [""] * num_groups
+        self._has_settled = [False] * num_groups
         self._first_error: BaseException | None = None
         self._settled = threading.Semaphore(0)
         self._threads = [
@@ -69,8 +74,9 @@ class Supervisor:
             self.stop()
             raise self._first_error
 
-    def on_group_failed(self, index: int, reason: str) -> None:  # noqa: ARG002
+    def on_group_failed(self, index: int, reason: str) -> None:
         """The engine loop has given a group up: it must be started again."""
+        self._reasons[index] = reason
         self._failed[index].set()
 
     def stop(self) -> None:
@@ -80,39 +86,59 @@ class Supervisor:
             thread.join()
 
     def _keep(self, index: int) -> None:
-        backoff_s, settled = 0.5, False
+        """Start group `index` again and again. A failure before it was ever ready is `start`'s to raise."""
+        backoff_s = 0.5
         while not self._stopped.is_set():
-            with self._epoch_lock:
-                self._last_epoch += 1
-                epoch = self._last_epoch
-            try:
-                group = self._start(index, epoch)
-            except Exception as error:
-                if not settled:
-                    self._first_error = self._first_error or error
-                    self._settled.release()
-                    return
-                logger.exception("worker group %d did not start; next try in %.1f s", index, backoff_s)
-                self._stopped.wait(backoff_s)
-                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            error = self._run_once(index)
+            if self._ready[index].is_set():
+                backoff_s = 0.5
                 continue
-            backoff_s = 0.5
-            try:
-                self._failed[index].clear()
-                self._ready[index].clear()
-                self._host.post(partial(self._host.add_group, index, group.engine, self._ready[index].set))
-                settled = self._watch(index, group, settled)
-            finally:
-                group.end()
+            if error is None or not self._has_settled[index]:
+                self._first_error = self._first_error or error
+                break
+            logger.error("worker group %d did not start; next try in %.1f s", index, backoff_s, exc_info=error)
+            self._stopped.wait(backoff_s)
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+        self._settle(index)
 
-    def _watch(self, index: int, group: RunningGroup, settled: bool) -> bool:
-        """Return when the group has failed or is to stop. Returns whether the first start has been reported."""
-        epoch = group.engine.info.epoch
-        while not self._stopped.is_set() and not self._failed[index].is_set():
+    def _settle(self, index: int) -> None:
+        """`start` need not wait for this group any longer."""
+        if not self._has_settled[index]:
+            self._has_settled[index] = True
+            self._settled.release()
+
+    def _run_once(self, index: int) -> Exception | None:
+        """One life of a group: what it ended of; None: it was stopped. `_ready` says whether it ever worked."""
+        with self._epoch_lock:
+            self._last_epoch += 1
+            epoch = self._last_epoch
+        self._failed[index].clear()
+        self._ready[index].clear()
+        group: RunningGroup | None = None
+        try:
+            group = self._start(index, epoch)
+            self._host.post(partial(self._host.add_group, index, group.engine, self._ready[index].set))
+            return self._watch(index, group, epoch)
+        except Exception as error:
+            self._host.post(partial(self._host.fail_group, index, str(error), epoch))
+            return error
+        finally:
+            if self._ready[index].is_set():
+                self._settle(index)
+            if group is not None:
+                try:
+                    group.end()
+                except Exception:
+                    logger.exception("worker group %d could not be ended whole", index)
+
+    def _watch(self, index: int, group: RunningGroup, epoch: int) -> Exception | None:
+        while not self._stopped.is_set():
+            if self._ready[index].is_set():
+                self._settle(index)
+            if self._failed[index].is_set():
+                return UnavailableError(f"worker group {index} is gone: {self._reasons[index]}")
             if reason := group.dead_rank(WATCH_S):
                 self._host.post(partial(self._host.fail_group, index, reason, epoch))
-                self._failed[index].wait()
-            if not settled and self._ready[index].is_set():
-                settled = True
-                self._settled.release()
-        return settled
+                while not self._failed[index].wait(WATCH_S) and not self._stopped.is_set():
+                    pass
+        return None

@@ -45,7 +45,7 @@ class EngineConfig(BaseModel):
         60.0, description="How long to wait for Ray to place a worker group before it is an error.")
     step_timeout_s: Annotated[float, Field(gt=0)] = Field(
         120.0, description="A step or a collective that takes longer means that its worker group is dead.")
-    lease_s: Annotated[float, Field(gt=0)] = Field(
+    lease_s: Annotated[float, Field(ge=2)] = Field(
         10.0, description="A rank that does not hear from its Head for so long ends itself.")
     check_integrity: bool = Field(
         False, description="Debug mode: check the block space's invariants after every step.")

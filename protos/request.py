@@ -18,14 +18,12 @@ class AddRequest(Struct, kw_only=True, omit_defaults=True, tag="add"):
     params: SamplingParams
     priority: int = 0
     """Lower goes first, as in vLLM."""
-    arrival_s: float = 0.0
-    """Unix time at which the frontend got the request."""
     output_token_ids: list[list[int]] = []
     """What each sequence has produced already, when a request is handed over again after a recovery."""
 
 
 class CancelRequest(Struct, kw_only=True, omit_defaults=True, tag="cancel"):
-    """Nobody waits for this request, or for one of its sequences, any more. No delta of it follows."""
+    """Nobody waits for this request, or for one of its sequences, any more; deltas on their way are not wanted."""
 
     request_id: str
     seq_index: int | None = None
@@ -40,7 +38,7 @@ class Query(Struct, kw_only=True, tag="query"):
 
 
 class Ping(Struct, kw_only=True, tag="ping"):
-    """A frontend lives. One that is silent for long has its requests cancelled."""
+    """A frontend lives and asks whether the Head does: answered by a `Pong`."""
 
 
 ToHead = AddRequest | CancelRequest | Query | Ping

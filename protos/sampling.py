@@ -54,6 +54,12 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     def __post_init__(self) -> None:
         if self.top_k in (0, -1):
             force_setattr(self, "top_k", None)
+        for name, nothing in (("logit_bias", {}), ("stop", []), ("stop_token_ids", [])):
+            if getattr(self, name) is None:
+                force_setattr(self, name, nothing)
+        for name in ("n", "min_tokens"):
+            if getattr(self, name) is None:
+                raise InvalidRequestError(f"{name} must be an integer, got None", param=name)
         _check_int("n", self.n, low=1)
         _check_int("max_tokens", self.max_tokens, low=1)
         _check_int("min_tokens", self.min_tokens, low=0)

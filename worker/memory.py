@@ -16,7 +16,8 @@ _CGROUPS = (
 
 def available_bytes(device: torch.device, root: Path = Path("/")) -> int:
     """Bytes that can be allocated on `device` now. On a CPU the smaller of what the cgroup (v2 or v1) and
-    `/proc/meminfo` allow; page cache counts as available. `root` is for tests."""
+    `/proc/meminfo` allow; the kernel's reclaimable page cache counts as
+    available. `root` is for tests."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min([_machine_bytes(root), *_cgroup_bytes(root)])

@@ -45,8 +45,10 @@ def serve_rank(executor: Executor, endpoint: Endpoint, *, epoch: int, rank: int,
                     raise LeaseExpiredError(f"rank {rank} has not heard from its Head for {lease_s:g} s")
                 continue
             message = decode_to_rank(socket.recv())
+            if message.epoch != epoch:
+                continue
             heard_s = time.monotonic()
-            if message.epoch != epoch or isinstance(message, Lease):
+            if isinstance(message, Lease):
                 continue
             if isinstance(message, Shutdown):
                 return

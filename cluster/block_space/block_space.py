@@ -46,7 +46,12 @@ class BlockSpace:
     @property
     def capacity_tokens(self) -> int:
         """Tokens that one sequence, alone, could hold."""
-        return min(pool.num_blocks for pool in self.pools) * self.block_size
+        return self.min_pool_blocks * self.block_size
+
+    @property
+    def min_pool_blocks(self) -> int:
+        """Blocks of the smallest pool."""
+        return min(pool.num_blocks for pool in self.pools)
 
     @property
     def slots(self) -> tuple[int, int]:

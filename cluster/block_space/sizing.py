@@ -19,13 +19,15 @@ def num_blocks(config: EngineConfig, ranks: list[RankReady], max_model_len: int,
 
     Raises `ResourcesError` when that is less than one block, or more memory than there is.
     """
-    ranks_per_node = Counter(rank.node for rank in ranks)
+    # Ranks on the CPUs of one host share its memory; every GPU has its own.
+    ranks_per_node = Counter(rank.node for rank in ranks) if device == "cpu" else Counter({r.node: 1 for r in ranks})
     num_groups = len(ranks[0].kv_groups)
     allowed = min(rank.available_bytes // ranks_per_node[rank.node] // sum(rank.block_bytes) for rank in ranks)
     if config.num_blocks is not None:
         if config.num_blocks + 1 > allowed:
             raise ResourcesError(
-                f"num_blocks={config.num_blocks} needs more memory than is left: at most {allowed - 1} blocks fit")
+                f"num_blocks={config.num_blocks} needs more memory than is left: at most {max(0, allowed - 1)} blocks "
+                "fit")
         return [config.num_blocks] * num_groups
     budgets = []
     for rank in ranks:

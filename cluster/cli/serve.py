@@ -43,17 +43,24 @@ def run_serve(config: ServeConfig, address: str | None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     head: Any = None
     owns_ray = start_ray(address)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     try:
         refuse_second_server()
+    except BaseException:
+        # What runs there is not ours to end.
+        if owns_ray:
+            ray.shutdown()
+        raise
+    try:
         head = start_head(APPLICATION, config, model)
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
         serve.run(build_app(config), name=APPLICATION, route_prefix="/")
         asyncio.run(wait_until_ready(head))
         if config.grpc_port is not None:
             serve.get_deployment_handle("grpc", APPLICATION).port.remote().result()
+        # Until here a signal ends the start where it stands; from here on it means to drain.
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
         _announce(config, ray.get(head.infos.remote()), time.monotonic() - started)
         stop.wait()
         _drain(head, config.drain_timeout_s)
@@ -101,19 +108,18 @@ def _drain(head: Any, timeout_s: float) -> None:
     console.print("draining")
     ray.get(head.drain.remote())
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and (left := ray.get(head.num_unfinished.remote())):
+    while (left := ray.get(head.num_unfinished.remote())) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    else:
-        left = ray.get(head.num_unfinished.remote())
     # The last deltas still have to reach their clients through the replicas.
     time.sleep(2 * POLL_S)
     console.print(f"cancelled {left} requests that did not finish in time" if left else "all requests finished")
 
 
 def _tear_down(head: Any, owns_ray: bool) -> None:
+    if not owns_ray:
+        # Before the Head: a replica that misses it would start another.
+        serve.delete(APPLICATION)
     if head is not None:
-        asyncio.run(end_application(head))
+        asyncio.run(end_application(APPLICATION, head))
     if owns_ray:
         ray.shutdown()
-    else:
-        serve.delete(APPLICATION)

@@ -52,10 +52,6 @@ class Engine:
         """Requests that are not finished: what the router balances."""
         return self.scheduler.num_unfinished
 
-    @property
-    def busy(self) -> bool:
-        return bool(self._in_flight)
-
     def is_stuck(self, now: float) -> bool:
         """Work is waiting and no step has ended for `STUCK_S`: health is progress, not an answer in time."""
         return self.load > 0 and now - self.last_progress_s > STUCK_S
@@ -63,7 +59,7 @@ class Engine:
     def add(self, owner: bytes, request: AddRequest, now: float) -> None:
         """Queue a request. Raises `InvalidRequestError` or `PromptTooLongError`; nothing is taken then."""
         max_tokens = admission.check(request.prompt_token_ids, request.params, self.info)
-        if not self.load:
+        if not self.load and not self._in_flight:
             self.last_progress_s = now
         self.scheduler.add(request, owner, max_tokens).arrived_s = now
 
@@ -82,21 +78,22 @@ class Engine:
             if self._check_integrity:
                 self.scheduler.space.check_integrity()
 
-    def receive(self, now: float) -> News:
-        """Deltas of all results that have arrived. Raises `GroupFailedError` on an error or a silent group."""
-        news: News = []
+    def receive(self, now: float, news: News) -> None:
+        """Append the deltas of all results that have arrived; those of a request that has ended are owed to it even if
+        the group fails now. Raises `GroupFailedError` on an error or a silent group."""
         for result in self.link.receive():
             news.extend(self._take(result, now))
-        if self._in_flight and now - min(self._in_flight.values()) > self._step_timeout_s:
+        if not self._in_flight:
+            return
+        # A plan that was sent ahead begins when the one before it ends.
+        began_s = max(min(self._in_flight.values()), self.last_progress_s)
+        if now - began_s > self._step_timeout_s:
             raise GroupFailedError(f"no result of step {min(self._in_flight)} within {self._step_timeout_s:g} s")
-        return news
 
     def fail(self, reason: str) -> News:
-        """End every request: the group is gone."""
+        """End every request: the group is gone. The scheduler is not asked to: it may be what failed."""
         error = UnavailableError(f"the worker group that served this request is gone ({reason}); try again")
         groups = self.scheduler.groups
-        for group in groups:
-            self.scheduler.cancel(group.owner, group.request.request_id)
         self._metrics.requests_failed.inc(len(groups))
         return [(group.owner, error_delta(group.request.request_id, error)) for group in groups]
 

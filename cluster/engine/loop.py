@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import defaultdict, deque
@@ -127,18 +128,21 @@ class EngineLoop:
             self._engines[index], on_ready = self._joining.pop(index)
             on_ready()
         for index, engine in list(self._engines.items()):
+            news: News = []
+            failure = None
             try:
-                news = engine.receive(self._clock())
+                engine.receive(self._clock(), news)
                 engine.pump(self._clock())
             except GroupFailedError as error:
-                self.fail_group(index, str(error), engine.info.epoch)
+                failure = str(error)
             except Exception as error:
                 # A defect must cost one group's requests, not everybody's answers: the loop goes on.
                 logger.exception("worker group %d: defect", index)
-                self.fail_group(index, f"{type(error).__name__}: {error}", engine.info.epoch)
-            else:
-                # The ranks have their next plan before the frontends hear of the last one.
-                self._deliver(news, engine.info.epoch, engine.last_step_id)
+                failure = f"{type(error).__name__}: {error}"
+            # The ranks have their next plan before the frontends hear of the last one.
+            self._deliver(news, engine.info.epoch, engine.last_step_id)
+            if failure is not None:
+                self.fail_group(index, failure, engine.info.epoch)
         if self._clock() >= self._next_housekeeping_s:
             self._keep_house()
 
@@ -146,7 +150,12 @@ class EngineLoop:
         if isinstance(message, AddRequest):
             try:
                 self._add(owner, message)
-            except KvartoError as error:
+            except Exception as caught:
+                if isinstance(caught, KvartoError):
+                    error = caught
+                else:
+                    logger.exception("a request could not be queued: defect")
+                    error = KvartoError(f"{type(caught).__name__}: {caught}")
                 self._metrics.requests_failed.inc()
                 self._deliver([(owner, error_delta(message.request_id, error))], self._epoch)
         elif isinstance(message, CancelRequest):
@@ -199,6 +208,10 @@ class EngineLoop:
 
     def _keep_house(self) -> None:
         self._next_housekeeping_s = self._clock() + HOUSEKEEPING_S
+        for engine, _ in self._joining.values():
+            # Ranks that are connected wait for those that are not yet.
+            with contextlib.suppress(GroupFailedError):
+                engine.link.renew_lease()
         for index, engine in list(self._engines.items()):
             try:
                 engine.link.renew_lease()

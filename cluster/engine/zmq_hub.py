@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import random
 import threading
 from collections import defaultdict
 from types import TracebackType
@@ -15,6 +17,8 @@ from ...protos.errors import ResourcesError
 from ...protos.request import FromHead, ToHead
 from ...protos.step import Lease, RankHello, Shutdown, StepPlan, StepResult
 from .transport import GroupFailedError
+
+logger = logging.getLogger(__name__)
 
 
 class _OneKey:
@@ -31,6 +35,8 @@ class ZmqHub:
     """A `Transport` over sockets. `host` is the address that other nodes reach this one at."""
 
     def __init__(self, host: str, *, min_port: int | None = None, max_port: int | None = None) -> None:
+        self._wake_lock = threading.Lock()
+        self._closed = False
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
@@ -40,12 +46,15 @@ class ZmqHub:
         self._server_public, self._server_secret = public, secret
         self._host = host
         self._ports = (min_port, max_port)
-        self._frontends, self.frontend_endpoint = self._bind()
-        self._ranks, self.rank_endpoint = self._bind()
+        try:
+            self._frontends, self.frontend_endpoint = self._bind()
+            self._ranks, self.rank_endpoint = self._bind()
+        except BaseException:
+            self.close()
+            raise
         self._wake_send, self._wake_receive = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
         self._wake_receive.bind("inproc://wake")
         self._wake_send.connect("inproc://wake")
-        self._wake_lock = threading.Lock()
         self._poller = zmq.Poller()
         for socket in (self._frontends, self._ranks, self._wake_receive):
             self._poller.register(socket, zmq.POLLIN)
@@ -59,13 +68,20 @@ class ZmqHub:
 
     def wake(self) -> None:
         with self._wake_lock:
-            self._wake_send.send(b"")
+            if not self._closed:
+                self._wake_send.send(b"")
 
     def receive(self) -> list[tuple[bytes, ToHead]]:
         messages = []
         while self._frontends.poll(0):
-            owner, body = self._frontends.recv_multipart()
-            messages.append((owner, decode_to_head(body)))
+            owner, *body = self._frontends.recv_multipart()
+            try:
+                messages.append((owner, decode_to_head(b"".join(body))))
+            except Exception as error:
+                # Its sender has a defect or another version: that must not end everybody's requests.
+                logger.warning("dropped a message of a frontend: %s", error)
+        # Also where no group asks for them: what is not read keeps every `wait` from waiting.
+        self._receive_from_ranks()
         return messages
 
     def send(self, owner: bytes, message: FromHead) -> bool:
@@ -95,6 +111,8 @@ class ZmqHub:
         self._results.pop(epoch, None)
 
     def close(self) -> None:
+        with self._wake_lock:
+            self._closed = True
         self._authenticator.stop()
         self._context.destroy(linger=200)
 
@@ -108,8 +126,12 @@ class ZmqHub:
 
     def _receive_from_ranks(self) -> None:
         while self._ranks.poll(0):
-            identity, body = self._ranks.recv_multipart()
-            message = decode_from_rank(body)
+            identity, *body = self._ranks.recv_multipart()
+            try:
+                message = decode_from_rank(b"".join(body))
+            except Exception as error:
+                logger.warning("dropped a message of a rank: %s", error)
+                continue
             if isinstance(message, RankHello):
                 self._connected.add(identity)
             elif identity in self._connected:
@@ -124,14 +146,10 @@ class ZmqHub:
         socket.curve_server = True
         socket.curve_secretkey = self._server_secret
         low, high = self._ports
-        try:
-            if low is not None and high is not None:
-                port = socket.bind_to_random_port(f"tcp://{self._host}", low, high + 1, max_tries=4 * (high - low + 1))
-            else:
-                port = socket.bind_to_random_port(f"tcp://{self._host}")
-        except zmq.ZMQBindError:
-            socket.close()
-            raise ResourcesError(f"no free port in {low}..{high} on {self._host}: widen min_port..max_port") from None
+        if low is None or high is None:
+            port = socket.bind_to_random_port(f"tcp://{self._host}")
+        else:
+            port = _bind_in_range(socket, self._host, low, high)
         return socket, Endpoint(
             address=f"tcp://{self._host}:{port}", server_public_key=self._server_public.decode(),
             client_public_key=self._client_public.decode(), client_secret_key=self._client_secret.decode())
@@ -144,6 +162,19 @@ class ZmqHub:
                 raise
             return False
         return True
+
+
+def _bind_in_range(socket: zmq.Socket[bytes], host: str, low: int, high: int) -> int:
+    # Every port is tried once: pyzmq's own draws with replacement and may miss the only free one.
+    for port in random.sample(range(low, high + 1), high - low + 1):
+        try:
+            socket.bind(f"tcp://{host}:{port}")
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EADDRINUSE:
+                raise
+        else:
+            return port
+    raise ResourcesError(f"no free port in {low}..{high} on {host}: widen min_port..max_port")
 
 
 class ZmqWorkerGroup:
@@ -183,6 +214,6 @@ class ZmqWorkerGroup:
         self._hub.forget_ranks(self._epoch, self._identities)
 
     def _broadcast(self, body: bytes) -> None:
-        for rank, identity in enumerate(self._identities):
-            if not self._hub.send_to_rank(identity, body):
-                raise GroupFailedError(f"rank {rank} is not connected")
+        missing = [rank for rank, identity in enumerate(self._identities) if not self._hub.send_to_rank(identity, body)]
+        if missing:
+            raise GroupFailedError(f"rank {missing[0]} is not connected")

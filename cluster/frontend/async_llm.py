@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import uuid
@@ -13,14 +14,14 @@ import msgspec
 
 from ...protos.config import EngineConfig, ServeConfig
 from ...protos.endpoint import Endpoint
-from ...protos.errors import UnavailableError
+from ...protos.errors import InvalidRequestError, KvartoError, UnavailableError
 from ...protos.request import AddRequest, CancelRequest, DeltaBatch, EngineInfo
 from ...protos.sampling import SamplingParams
 from .. import admission
 from ..frontend_protocol import Health
 from ..outputs import RequestOutput
 from ..text.tokenizer import Tokenizer
-from .client import EngineClient
+from .client import EngineClient, EngineConnection
 from .collect import add_chunk, empty_output
 from .generation_defaults import generation_defaults
 from .prompts import Prompt, tokenize
@@ -45,8 +46,7 @@ class AsyncLLM:
         self._client = client
         client.on_deltas, client.on_lost = self._on_deltas, self._on_lost
         self._requests: dict[str, RequestState] = {}
-        # Several frontends serve the same users: each draws seeds of its own.
-        self._seeds = random.Random(f"{config.seed}/{client.connection.name}")
+        self._seeds = random.Random(config.seed)
         self._on_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
         self._clamp_reported = False
@@ -73,8 +73,7 @@ class AsyncLLM:
         # Torch takes seconds to import, and the tokenizer needs none of it.
         text = asyncio.create_task(asyncio.to_thread(_load_text, config))
         client = EngineClient()
-        client.connection = await InlineConnection.start(client, config)
-        return cls(config, client, await client.info(), await text)
+        return await cls._connected(config, client, InlineConnection.start(client, config), text)
 
     @classmethod
     async def _start_on_ray(cls, config: ServeConfig) -> Self:
@@ -90,14 +89,39 @@ class AsyncLLM:
         return self
 
     @classmethod
-    async def connect(cls, config: ServeConfig, locate: Callable[[], Awaitable[Endpoint]]) -> Self:
-        """A frontend of a Head that runs already and is ready; `locate` finds its endpoint."""
+    async def connect(
+        cls, config: ServeConfig, locate: Callable[[], Awaitable[Endpoint]], *, seed_salt: str | None = None,
+    ) -> Self:
+        """A frontend of a Head that runs already and is ready; `locate` finds its endpoint. Where several frontends
+        serve the same users, a `seed_salt` of its own keeps each from drawing the others' seeds."""
         from .zmq_connection import ZmqConnection
 
         text = asyncio.create_task(asyncio.to_thread(_load_text, config))
         client = EngineClient()
-        client.connection = await ZmqConnection.start(client, locate)
-        return cls(config, client, await client.info(), await text)
+        self = await cls._connected(config, client, ZmqConnection.start(client, locate), text)
+        if seed_salt is not None:
+            self._seeds = random.Random(f"{config.seed}/{seed_salt}")
+        return self
+
+    @classmethod
+    async def _connected(
+        cls, config: ServeConfig, client: EngineClient, connection: Awaitable[EngineConnection],
+        text: asyncio.Task[tuple[Tokenizer, dict[str, Any]]],
+    ) -> Self:
+        """Nothing is left open when any of it fails."""
+        try:
+            client.connection = await connection
+        except BaseException:
+            text.cancel()
+            await asyncio.gather(text, return_exceptions=True)
+            raise
+        try:
+            return cls(config, client, await client.info(), await text)
+        except BaseException:
+            text.cancel()
+            await asyncio.gather(text, return_exceptions=True)
+            await client.connection.close()
+            raise
 
     def stream(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
@@ -143,9 +167,11 @@ class AsyncLLM:
         pong = self._client.last_pong
         if self._closed or (pong is not None and not pong.ready and not self._requests):
             raise UnavailableError(pong.reason if pong and not self._closed else "this AsyncLLM is closed")
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         state = RequestState(request, self.tokenizer, cancel=self._cancel, forget=self._forget)
-        self._requests[request.request_id] = state
         self._client.connection.send(request)
+        self._requests[request.request_id] = state
         return state
 
     async def status(self) -> dict[str, Any]:
@@ -182,7 +208,13 @@ class AsyncLLM:
     def _on_deltas(self, batch: DeltaBatch) -> None:
         for delta in batch.deltas:
             if state := self._requests.get(delta.request_id):
-                state.take(delta)
+                try:
+                    state.take(delta)
+                except Exception as error:
+                    # A defect must cost one request, not the others of the batch or the connection.
+                    logger.exception("request %s: defect", delta.request_id)
+                    self._cancel(delta.request_id, None)
+                    state.fail(KvartoError(f"{type(error).__name__}: {error}"))
 
     def _on_lost(self, reason: str) -> None:
         for state in list(self._requests.values()):
@@ -196,7 +228,9 @@ class AsyncLLM:
                 "tokens per sequence (said once)", max_tokens)
 
     def _cancel(self, request_id: str, seq_index: int | None) -> None:
-        self._client.connection.send(CancelRequest(request_id=request_id, seq_index=seq_index))
+        # A Head that is gone has forgotten the request already.
+        with contextlib.suppress(UnavailableError):
+            self._client.connection.send(CancelRequest(request_id=request_id, seq_index=seq_index))
 
     def _forget(self, request_id: str) -> None:
         self._requests.pop(request_id, None)

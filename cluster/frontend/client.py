@@ -16,11 +16,8 @@ from ...protos.request import DeltaBatch, EngineInfo, FromHead, Pong, Query, Rep
 class EngineConnection(Protocol):
     """Carries messages to the Head; what comes back is handed to `EngineClient.take` on the event loop."""
 
-    name: str
-    """Unlike any other frontend's of the same Head."""
-
     def send(self, message: ToHead) -> None:
-        """Never blocks."""
+        """Never blocks. Raises `UnavailableError` while there is no Head."""
 
     async def close(self) -> None:
         """Nothing is sent or received afterwards."""

@@ -17,8 +17,6 @@ from .client import EngineClient
 class InlineConnection:
     """An `EngineConnection` without Ray and sockets. Made by `start`, on the event loop of `client`."""
 
-    name = "inline"
-
     def __init__(self, client: EngineClient, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client
         self._event_loop = loop

@@ -28,8 +28,8 @@ class _SequenceState:
             if params.detokenize else None)
 
     def take(self, token_ids: list[int], *, ended_by_token: bool, last: bool) -> tuple[str, str | None]:
-        """New text, and the stop string that ended it. `ended_by_token`: the last token is an end-of-sequence or stop
-        token, which is no text unless the request wants it."""
+        """New text, and the stop string that ended it; of `token_ids` those up to it are kept. `ended_by_token`: the
+        last token is an end-of-sequence or stop token, which is no text unless the request wants it."""
         text, matched = [], None
         for place, token_id in enumerate(token_ids):
             self.token_ids.append(token_id)
@@ -85,13 +85,20 @@ class RequestState:
         if sequence.finished or self._closed:
             return
         if repeated < 0:
+            self._cancel(self.request.request_id, None)
             self.fail(KvartoError(f"tokens {len(sequence.token_ids)} to {delta.first} of the answer were lost"))
             return
         token_ids = delta.token_ids[repeated:]
+        if not token_ids and delta.finish_reason is None:
+            return
+        num_before = len(sequence.token_ids)
         text, matched = sequence.take(
             token_ids, ended_by_token=delta.finish_reason == "stop", last=delta.finish_reason is not None)
+        # Tokens that came after a stop string are not part of the answer.
+        count = len(sequence.token_ids) - num_before
         chunk = StreamChunk(
-            index=delta.seq_index, text=text, token_ids=token_ids, logprobs=delta.logprobs[repeated:],
+            index=delta.seq_index, text=text, token_ids=token_ids[:count],
+            logprobs=delta.logprobs[repeated: repeated + count],
             prompt_logprobs=delta.prompt_logprobs or None, finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason, num_cached_tokens=delta.num_cached_tokens)
         if matched is not None:

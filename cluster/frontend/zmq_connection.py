@@ -15,6 +15,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from ...protos.codec import decode_from_head, encode
 from ...protos.endpoint import Endpoint, connect_dealer
+from ...protos.errors import UnavailableError
 from ...protos.request import Ping, ToHead
 from .client import EngineClient
 
@@ -30,7 +31,6 @@ class ZmqConnection:
     """An `EngineConnection` over CURVE-secured sockets. `locate` asks Ray where the Head is now."""
 
     def __init__(self, client: EngineClient, locate: Callable[[], Awaitable[Endpoint]]) -> None:
-        self.name = uuid.uuid4().hex
         self._client = client
         self._locate = locate
         self._context = zmq.asyncio.Context()
@@ -49,9 +49,10 @@ class ZmqConnection:
         return self
 
     def send(self, message: ToHead) -> None:
-        if self._socket is not None:
-            # Queued without limit: the future is done at once.
-            self._socket.send(encode(message))
+        if self._socket is None:
+            raise UnavailableError("the Head is gone: it is being started again, try again in a few seconds")
+        # Queued without limit: the future is done at once.
+        self._socket.send(encode(message))
 
     async def close(self) -> None:
         if self._task is not None:
@@ -62,21 +63,23 @@ class ZmqConnection:
 
     async def _keep_connected(self, endpoint: Endpoint, connected: asyncio.Event) -> None:
         while True:
-            reason = await self._serve(endpoint, connected)
+            try:
+                reason = await self._serve(endpoint, connected)
+            except Exception as error:
+                logger.exception("the connection to the Head: defect")
+                reason = f"{type(error).__name__}: {error}"
             logger.warning("lost the Head: %s", reason)
             self._client.lost(f"the Head is gone ({reason}); try again in a few seconds")
-            endpoint = await self._find_again(endpoint)
+            endpoint = await self._find_again()
 
-    async def _find_again(self, former: Endpoint) -> Endpoint:
+    async def _find_again(self) -> Endpoint:
+        """Where the Head is now: at a new place if it died, at the same if only the connection broke."""
         while True:
             await asyncio.sleep(RETRY_S)
             try:
-                endpoint = await self._locate()
+                return await self._locate()
             except Exception as error:
                 logger.info("no Head yet: %s", error)
-                continue
-            if endpoint != former:
-                return endpoint
 
     async def _serve(self, endpoint: Endpoint, connected: asyncio.Event) -> str:
         """Move messages until the Head is lost; returns why."""

@@ -20,6 +20,8 @@ from ..resolve import Resolved
 from .placement import place, rank_resources
 
 NAMESPACE = "kvarto"
+LOAD_TIMEOUT_S = 1800.0
+"""A rank that has not loaded its weights by then never will."""
 
 
 @dataclass(slots=True)
@@ -77,7 +79,7 @@ def launch_group(resolved: Resolved, application: str, index: int, epoch: int) -
                     placement_group=group.placement, placement_group_bundle_index=rank),
             ).remote(resolved.rank_config(rank, epoch)))
         store = ray.get(group.actors[0].serve_store.remote()) if len(group.actors) > 1 else ("", 0)
-        group.ready = ray.get([actor.load.remote(*store) for actor in group.actors])
+        group.ready = ray.get([actor.load.remote(*store) for actor in group.actors], timeout=LOAD_TIMEOUT_S)
     except RayTaskError as error:
         group.end()
         if isinstance(error.cause, KvartoError):

@@ -10,7 +10,7 @@ import heapq
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
-from ...protos.errors import KvartoError
+from ...protos.errors import InvalidRequestError, KvartoError
 from ...protos.request import AddRequest, Delta, RequestError
 from ...protos.step import SequenceStart, SequenceStep, StepPlan, StepResult
 from ..block_space import Answer, BlockSpace
@@ -68,7 +68,10 @@ class Scheduler:
     # -- requests come and go ------------------------------------------------------------------------------------
 
     def add(self, request: AddRequest, owner: bytes, max_tokens: int) -> SequenceGroup:
-        """Queue a request that has passed `admission.check`; `max_tokens` is what that returned."""
+        """Queue a request that has passed `admission.check`; `max_tokens` is what that returned. Raises
+        `InvalidRequestError` when its owner has one of the same id that has not ended."""
+        if (owner, request.request_id) in self._groups:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         group = SequenceGroup(request, owner, self._next_serial, max_tokens)
         self._next_serial += 1
         for index in range(request.params.n):
@@ -210,7 +213,7 @@ class Scheduler:
             if any(sequence.num_pending_tokens for sequence in live):
                 return
             lengths = [sequence.num_tokens for sequence in live]
-            watermark = policy.watermark_blocks(self.space.num_blocks, len(self._running))
+            watermark = policy.watermark_blocks(self.space.min_pool_blocks, len(self._running))
             has_seats = len(live) <= num_seats
             if has_seats and self.space.can_hold(lengths, watermark=watermark) is Answer.OK:
                 heapq.heappop(self._waiting)
@@ -234,7 +237,6 @@ class Scheduler:
         for sequence in group.live:
             if draft := self._drafts.pop(sequence.seq_id, None):
                 self._budget += draft.num_tokens
-                sequence.num_computed_tokens -= draft.num_tokens
                 sequence.num_pending_tokens -= draft.samples
                 sequence.last_step_id = draft.previous_step_id
             self._leave_ranks(sequence)

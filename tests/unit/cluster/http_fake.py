@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
+
 from kvarto.cluster.admission import check
 from kvarto.cluster.frontend_protocol import Health
 from kvarto.cluster.http.app import create_app

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from kvarto.cluster.frontend_protocol import Health
 from kvarto.cluster.grpc.server import SERVICE_NAME, GrpcServer
 from kvarto.protos import inference_pb2 as pb

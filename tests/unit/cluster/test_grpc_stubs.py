@@ -6,6 +6,7 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
+
 from kvarto.protos import inference_pb2, inference_pb2_grpc
 
 

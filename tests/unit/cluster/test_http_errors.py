@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
 from kvarto.protos.errors import InvalidRequestError, PromptTooLongError, UnavailableError
 
 _spec = importlib.util.spec_from_file_location("http_fake", Path(__file__).with_name("http_fake.py"))

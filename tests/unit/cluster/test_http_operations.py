@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
 from kvarto.cluster.frontend_protocol import Health
 from kvarto.protos.errors import UnavailableError
 

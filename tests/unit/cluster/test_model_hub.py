@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from kvarto.cluster import model_hub
 from kvarto.cluster.model_hub import aliases, cache_folder, resolve_model
 from kvarto.protos.errors import ModelLoadError

@@ -1,7 +1,8 @@
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from kvarto.cluster.text.chat_template import ChatTemplate
 from kvarto.protos.errors import InvalidRequestError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 USER = [{"role": "user", "content": "Grüße & <tags> \"quoted\""}]
 CONVERSATION = [{"role": "system", "content": "Be brief."}, *USER, {"role": "assistant", "content": "ok"}, *USER]

@@ -3,12 +3,13 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
 from kvarto.cluster.text.detokenizer import IncrementalDetokenizer
 from kvarto.cluster.text.spec import TokenizerSpec
 from kvarto.cluster.text.tokenizer import Tokenizer
 from kvarto.protos.errors import ModelLoadError
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Backend
 
 CORPUS = ["Hello world, hello there!", "  two  spaces\n\tand tabs", "naïve café 中文字 日本語",
           "👋🏽 emoji 👩‍👩‍👧 family", "def f(x):\n    return x"]

@@ -9,13 +9,14 @@ import pytest
 from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, Qwen2Tokenizer
+
 from kvarto.cluster.text import tokenizer_cache
 from kvarto.cluster.text.gguf_metadata import read_metadata
 from kvarto.cluster.text.tokenizer import Tokenizer
 from kvarto.protos.errors import ModelLoadError
-from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, Qwen2Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 CORPUS = [

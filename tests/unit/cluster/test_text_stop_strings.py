@@ -3,6 +3,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvarto.cluster.text.stop_strings import StopMatcher
 
 

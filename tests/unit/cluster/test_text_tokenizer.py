@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvarto.cluster.model_hub import resolve_model
-from kvarto.cluster.text.tokenizer import Tokenizer
-from kvarto.protos.errors import InvalidRequestError, ModelLoadError
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from kvarto.cluster.model_hub import resolve_model
+from kvarto.cluster.text.tokenizer import Tokenizer
+from kvarto.protos.errors import InvalidRequestError, ModelLoadError
 
 CORPUS = ["Hello world, hello there! It's 2024.", "  two  spaces\n\tand tabs", "naïve café 中文 👋🏽",
           "def f(x): return x"]

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+
 from kvarto.protos.errors import ResourcesError, UnavailableError
 from kvarto.worker.collectives import SingleRank, connect, serve_store
 

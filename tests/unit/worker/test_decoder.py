@@ -9,6 +9,8 @@ from itertools import accumulate
 import gguf
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from kvarto.protos.model import KVGroupSpec
 from kvarto.worker.batch import ForwardBatch
 from kvarto.worker.collectives import Communicator, SingleRank
@@ -16,7 +18,6 @@ from kvarto.worker.decoder import Decoder, block_bytes, cache_shape, kv_groups
 from kvarto.worker.families import read_model_config
 from kvarto.worker.layout import TPLayout
 from kvarto.worker.weights import WeightSource, open_weights
-from transformers import LlamaConfig, LlamaForCausalLM
 
 BLOCK_SIZE = 8
 NUM_BLOCKS = 16

@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from transformers import GenerationConfig, LlamaConfig
+
 from kvarto.protos.errors import ModelLoadError
 from kvarto.protos.model import RopeScaling
 from kvarto.worker.families import expected_shapes, family_of, read_model_config
-from transformers import GenerationConfig, LlamaConfig
 
 LLAMA_JSON = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,

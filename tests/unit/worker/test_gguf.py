@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+
 from kvarto.protos.errors import ModelLoadError
 from kvarto.worker.families import read_model_config
 from kvarto.worker.weights import gguf_source, open_weights

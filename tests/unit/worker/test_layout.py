@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvarto.protos.errors import ConfigError
 from kvarto.protos.model import ModelConfig
 from kvarto.worker.layout import TPLayout

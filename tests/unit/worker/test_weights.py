@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from kvarto.protos.errors import ModelLoadError
 from kvarto.protos.model import ModelConfig
 from kvarto.worker.families import expected_shapes, family_of
 from kvarto.worker.weights import open_weights
-from safetensors.torch import load_file, save_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

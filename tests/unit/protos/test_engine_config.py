@@ -1,0 +1,114 @@
+"""The configuration: what is refused, and whether the message says what to change."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvarto.protos.config import EngineConfig, ServeConfig
+from kvarto.protos.errors import ConfigError
+
+
+def message(cls=EngineConfig, **values):
+    with pytest.raises(ConfigError) as caught:
+        cls.parse({"model": "m"} | values)
+    return caught.value.message
+
+
+@pytest.mark.parametrize("key", [
+    "tensor_parallel_size", "num_worker_groups", "max_model_len", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs",
+    "max_num_batched_tokens", "threads_per_rank", "cpus_per_rank", "placement_timeout_s", "step_timeout_s", "lease_s"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_number_that_must_be_positive_is_refused_by_name(key, value):
+    assert message(**{key: value}).startswith(f"{key}: Input should be greater than 0")
+
+
+@pytest.mark.parametrize(("key", "known"), [("dtype", "bfloat16"), ("device", "cuda"), ("executor", "inline")])
+def test_a_word_that_is_not_known_is_refused_with_those_that_are(key, known):
+    text = message(**{key: "nonsense"})
+    assert text.startswith(f"{key}: ") and known in text
+
+
+@pytest.mark.parametrize("value", [1, 4, 12, 24, 256])
+def test_a_block_size_that_is_not_offered_is_refused_with_those_that_are(value):
+    assert message(block_size=value) == f"block_size: must be 8, 16, 32, 64 or 128, got {value}"
+
+
+@pytest.mark.parametrize("value", [8, 16, 32, 64, 128])
+def test_the_block_sizes_that_are_offered_are_taken(value):
+    assert EngineConfig.parse({"model": "m", "block_size": value}).block_size == value
+
+
+def test_an_unknown_key_is_refused_with_the_known_ones():
+    text = message(tensor_paralel_size=2)
+    assert "'tensor_paralel_size'" in text and "tensor_parallel_size" in text.split("known keys:")[1]
+
+
+def test_the_known_keys_of_a_server_include_its_own():
+    assert "drain_timeout_s" in message(ServeConfig, nonsense=1)
+
+
+def test_every_wrong_key_is_named_at_once():
+    text = message(block_size=3, max_num_seqs=0)
+    assert "block_size" in text and "max_num_seqs" in text
+
+
+def test_a_missing_model_is_named():
+    with pytest.raises(ConfigError, match="model: Field required"):
+        EngineConfig.parse({})
+
+
+def test_an_empty_model_is_refused():
+    assert message(model="").startswith("model: ")
+
+
+@pytest.mark.parametrize("values", [{"min_port": 5000}, {"max_port": 5000}])
+def test_one_end_of_the_port_range_is_not_enough(values):
+    assert "min_port and max_port go together" in message(**values)
+
+
+def test_a_port_range_that_ends_before_it_begins_is_refused():
+    assert "max_port (5000) is below min_port (5001)" in message(min_port=5001, max_port=5000)
+
+
+@pytest.mark.parametrize("value", [1023, 65536])
+def test_a_port_that_is_none_is_refused(value):
+    assert message(min_port=value, max_port=value).startswith("min_port: ")
+
+
+def test_several_worker_groups_in_one_process_are_refused_with_the_way_out():
+    text = message(executor="inline", num_worker_groups=2)
+    assert "executor='inline'" in text and "executor='ray'" in text
+
+
+@pytest.mark.parametrize("key", ["port", "grpc_port"])
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_a_server_port_that_is_none_is_refused(key, value):
+    assert message(ServeConfig, **{key: value}).startswith(f"{key}: ")
+
+
+def test_a_port_of_zero_means_any():
+    assert ServeConfig.parse({"model": "m", "port": 0}).port == 0
+
+
+def test_a_negative_drain_time_is_refused():
+    assert message(ServeConfig, drain_timeout_s=-1).startswith("drain_timeout_s: ")
+
+
+def test_the_engine_refuses_what_only_a_server_knows():
+    assert "unknown configuration key 'port'" in message(port=80)
+
+
+def test_a_configuration_cannot_be_changed():
+    config = EngineConfig.parse({"model": "m"})
+    with pytest.raises(ValueError, match="frozen"):
+        config.model = "other"
+
+
+@pytest.mark.parametrize("cls", [EngineConfig, ServeConfig])
+def test_every_key_is_documented(cls):
+    assert all(field.description for field in cls.model_fields.values())
+
+
+@pytest.mark.parametrize(("given", "name"), [({}, "m"), ({"served_model_name": "gpt"}, "gpt")])
+def test_requests_use_the_served_name(given, name):
+    assert ServeConfig.parse({"model": "m"} | given).public_name == name
