@@ -1,5 +1,5 @@
-"""How long until the first answer can be asked for: a bare Ray Serve app, `kvarto serve` and `LLM(...)`, each in a fresh
-process, alternating. Prints one JSON line with the medians in seconds.
+"""How long until the first answer can be asked for: a bare Ray Serve app, `kvarto serve` and `LLM(...)`, each in a
+fresh process, alternating. Prints one JSON line with the medians in seconds.
 
 Usage: python tests/benchmarks/startup.py [--runs 3]        needs: kvarto installed, the model in the cache
 """

@@ -16,10 +16,14 @@ def message(cls=EngineConfig, **values):
 
 @pytest.mark.parametrize("key", [
     "tensor_parallel_size", "num_worker_groups", "max_model_len", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs",
-    "max_num_batched_tokens", "threads_per_rank", "cpus_per_rank", "placement_timeout_s", "step_timeout_s", "lease_s"])
+    "max_num_batched_tokens", "threads_per_rank", "cpus_per_rank", "placement_timeout_s", "step_timeout_s"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_number_that_must_be_positive_is_refused_by_name(key, value):
     assert message(**{key: value}).startswith(f"{key}: Input should be greater than 0")
+
+
+def test_a_lease_shorter_than_a_few_renewals_is_refused():
+    assert message(lease_s=1).startswith("lease_s: Input should be greater than or equal to 2")
 
 
 @pytest.mark.parametrize(("key", "known"), [("dtype", "bfloat16"), ("device", "cuda"), ("executor", "inline")])
