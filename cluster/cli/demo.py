@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -40,11 +41,12 @@ def run_demo() -> int:
     command = [sys.executable, "-m", "kvarto", "serve", MODEL, "--port", str(port), "--grpc-port", str(_free_port()),
                "--max-model-len", "2048"]
     console.print("$ kvarto serve " + " ".join(command[4:]))
-    server = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    ready = threading.Event()
+    threading.Thread(target=_show_log, args=(server, ready), daemon=True).start()
     try:
-        _wait_until_ready(url, server)
-        asyncio.run(_talk(url))
+        _wait_until_ready(server, ready)
+        asyncio.run(_talk(f"http://127.0.0.1:{port}"))
     finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(timeout=90)
@@ -60,19 +62,22 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+def _show_log(server: subprocess.Popen[str], ready: threading.Event) -> None:
+    assert server.stderr is not None
+    for line in server.stderr:
+        console.print(f"[dim]{line.rstrip()}", soft_wrap=True)
+        if line.startswith("ready after"):
+            ready.set()
+
+
+def _wait_until_ready(server: subprocess.Popen[str], ready: threading.Event) -> None:
     deadline = time.monotonic() + START_S
     with console.status("starting Ray, the Head, a rank and the HTTP server"):
-        while time.monotonic() < deadline:
+        while not ready.wait(0.2):
             if server.poll() is not None:
                 raise KvartoError(f"the server ended with exit code {server.returncode} before it was ready")
-            try:
-                if httpx.get(f"{url}/health/ready", timeout=2).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-    raise KvartoError(f"the server was not ready within {START_S:g} s")
+            if time.monotonic() > deadline:
+                raise KvartoError(f"the server was not ready within {START_S:g} s")
 
 
 async def _talk(url: str) -> None:
