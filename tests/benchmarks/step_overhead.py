@@ -113,7 +113,8 @@ async def measure(num_ranks: int, num_sequences: int, num_tokens: int, async_sch
     async def locate() -> Any:
         return frontend_endpoint
 
-    client = EngineClient(on_deltas, print)
+    client = EngineClient()
+    client.on_deltas, client.on_lost = on_deltas, print
     client.connection = await ZmqConnection.start(client, locate)
     params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
     for index in range(num_sequences):
