@@ -53,15 +53,14 @@ def run_serve(config: ServeConfig, address: str | None) -> int:
     try:
         head = start_head(APPLICATION, config, model)
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
-        serve.run(build_app(config), name=APPLICATION, route_prefix="/")
-        asyncio.run(wait_until_ready(head))
-        if config.grpc_port is not None:
-            serve.get_deployment_handle("grpc", APPLICATION).port.remote().result()
-        # Until here a signal ends the start where it stands; from here on it means to drain.
+        # Until here a signal ends the start where it stands. From here on somebody may be served, so it means to drain.
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        _announce(config, ray.get(head.infos.remote()), time.monotonic() - started)
+        serve.run(build_app(config), name=APPLICATION, route_prefix="/")
+        asyncio.run(_wait_until_ready(config, head, stop))
+        if not stop.is_set():
+            _announce(config, ray.get(head.infos.remote()), time.monotonic() - started)
         stop.wait()
         _drain(head, config.drain_timeout_s)
     finally:
@@ -90,6 +89,22 @@ def refuse_second_server() -> None:
     except ValueError:
         return
     raise ResourcesError("this Ray cluster already runs `kvarto serve`: end that first, or use another cluster")
+
+
+async def _wait_until_ready(config: ServeConfig, head: Any, stop: threading.Event) -> None:
+    """Return when requests can be served, or `stop` is set. Raises the `KvartoError` that keeps them from it."""
+
+    async def wait() -> None:
+        await wait_until_ready(head)
+        if config.grpc_port is not None:
+            await serve.get_deployment_handle("grpc", APPLICATION).port.remote()
+
+    waiting = asyncio.create_task(wait())
+    while not waiting.done() and not stop.is_set():
+        await asyncio.wait([waiting], timeout=POLL_S)
+    if waiting.done():
+        await waiting
+    waiting.cancel()
 
 
 def _announce(config: ServeConfig, infos: list[EngineInfo], seconds: float) -> None:

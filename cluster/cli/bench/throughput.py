@@ -57,7 +57,7 @@ def _measure(llm: LLM, requests: Sequence[TraceRequest]) -> dict[str, Any]:
     return {
         "out_tok_per_s": round(num_out / seconds, 2),
         "total_tok_per_s": round((num_in + num_out) / seconds, 2),
-        "seconds": round(seconds, 3),
+        "seconds": round(seconds, 6),
         "num_requests": len(requests),
         "kv_waste": round(1 - used / allocated, 5),
         "num_preemptions": num_preemptions,
