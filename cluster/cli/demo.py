@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -57,9 +59,12 @@ def run_demo() -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    # Below the range that the kernel hands out: Ray's own processes would take one of those before the server does.
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise KvartoError("no free port from 20000 to 31999")
 
 
 def _show_log(server: subprocess.Popen[str], ready: threading.Event) -> None:

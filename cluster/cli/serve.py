@@ -52,7 +52,12 @@ def run_serve(config: ServeConfig, address: str | None) -> int:
         raise
     try:
         head = start_head(APPLICATION, config, model)
-        serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
+        try:
+            serve.start(
+                http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
+        except ray.exceptions.RayTaskError as error:
+            raise ResourcesError(
+                f"the HTTP proxy cannot listen on {config.host}:{config.port}: {error.cause}") from None
         # Until here a signal ends the start where it stands. From here on somebody may be served, so it means to drain.
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
