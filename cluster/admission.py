@@ -6,6 +6,9 @@ from ..protos.errors import InvalidRequestError, PromptTooLongError
 from ..protos.request import EngineInfo
 from ..protos.sampling import SamplingParams
 
+MAX_CACHE_SALT = 1024
+"""The most characters of a cache salt."""
+
 
 def check(prompt_token_ids: list[int], params: SamplingParams, info: EngineInfo) -> int:
     """The request's `max_tokens`, with a default clamped to what `max_model_len` and the block space allow.
@@ -21,17 +24,23 @@ def check(prompt_token_ids: list[int], params: SamplingParams, info: EngineInfo)
             wrong = next(i for i in ids if not 0 <= i < info.vocab_size)
             raise InvalidRequestError(
                 f"token id {wrong} is out of the vocabulary: it has {info.vocab_size} tokens", param=name)
-    if params.n > info.max_num_seqs:
-        raise InvalidRequestError(f"n ({params.n}) is above max_num_seqs ({info.max_num_seqs})", param="n")
+    num_seqs, counted = params.num_sequences, _counted(params)
+    if num_seqs > info.max_num_seqs:
+        raise InvalidRequestError(
+            f"{counted} ({num_seqs}) is above max_num_seqs ({info.max_num_seqs})", param=counted)
+    if params.beam_width is not None and num_seqs > info.vocab_size:
+        raise InvalidRequestError(
+            f"beam_width ({num_seqs}) is above the {info.vocab_size} tokens of the vocabulary", param=counted)
     if num_prompt >= info.max_model_len:
         raise PromptTooLongError(
             f"the prompt has {num_prompt} tokens; max_model_len is {info.max_model_len}, prompt and output together",
             param="prompt")
-    # Each of the n sequences takes whole blocks, so that the share of one is a whole number of them.
-    fits = min(info.max_model_len, info.num_blocks // params.n * info.block_size)
+    # The sequences share the full blocks of the prompt; of the rest each takes the same whole number of blocks.
+    shared = num_prompt // info.block_size
+    fits = min(info.max_model_len, (shared + (info.num_blocks - shared) // num_seqs) * info.block_size)
     if num_prompt >= fits:
         raise PromptTooLongError(
-            f"n={params.n} sequences of {num_prompt} prompt tokens can never fit the KV cache of "
+            f"{counted}={num_seqs} sequences of {num_prompt} prompt tokens can never fit the KV cache of "
             f"{info.kv_capacity_tokens} tokens: shorten the prompt or give the server more blocks", param="prompt")
     max_tokens = fits - num_prompt if params.max_tokens is None else params.max_tokens
     asked, name = max(max_tokens, params.min_tokens), "max_tokens" if params.max_tokens else "min_tokens"
@@ -41,6 +50,27 @@ def check(prompt_token_ids: list[int], params: SamplingParams, info: EngineInfo)
             f"at most {info.max_model_len - num_prompt}", param=name)
     if num_prompt + asked > fits:
         raise PromptTooLongError(
-            f"n={params.n} sequences of {num_prompt} + {asked} tokens can never fit the KV cache of "
+            f"{counted}={num_seqs} sequences of {num_prompt} + {asked} tokens can never fit the KV cache of "
             f"{info.kv_capacity_tokens} tokens: ask for at most {fits - num_prompt}", param=name)
     return max_tokens
+
+
+def check_cache_salt(cache_salt: str) -> None:
+    """Raises `InvalidRequestError` unless it is Unicode text of at most `MAX_CACHE_SALT` characters."""
+    if not isinstance(cache_salt, str):
+        raise InvalidRequestError(f"cache_salt must be a string, got {cache_salt!r}", param="cache_salt")
+    if len(cache_salt) > MAX_CACHE_SALT:
+        raise InvalidRequestError(
+            f"cache_salt has {len(cache_salt)} characters; at most {MAX_CACHE_SALT} are allowed", param="cache_salt")
+    try:
+        cache_salt.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(
+            "cache_salt is not Unicode text: it has a lone surrogate", param="cache_salt") from None
+
+
+def _counted(params: SamplingParams) -> str:
+    """The parameter that `params.num_sequences` comes from."""
+    if params.beam_width is not None:
+        return "beam_width"
+    return "n" if params.best_of is None else "best_of"

@@ -81,12 +81,16 @@ class Frontend(Protocol):
     def default_sampling(self) -> dict[str, Any]:
         """Sampling parameters of `generation_config.json`, for requests that leave them out."""
 
-    def stream(self, prompt: str | list[int], params: SamplingParams, *, request_id: str,
-               priority: int = 0) -> ChunkStream:
-        """Check and submit one request. Raises a `KvartoError` at the call, before anything is taken."""
+    def stream(self, prompt: str | list[int], params: SamplingParams, *, request_id: str, priority: int = 0,
+               cache_salt: str = "") -> ChunkStream:
+        """Check and submit one request. Raises a `KvartoError` at the call, before anything is taken. Prompts share
+        cached blocks only with prompts of the same `cache_salt`."""
 
     async def status(self) -> dict[str, Any]:
         """The state of the whole application, for people and `kvarto status`."""
+
+    async def blocks(self) -> dict[str, Any]:
+        """The block map of every worker group, for people and `kvarto status`."""
 
     async def metrics(self) -> str:
         """Prometheus text."""

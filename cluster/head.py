@@ -137,10 +137,10 @@ class Head:
         started = time.monotonic()
         placed = launch_group(self._resolved, self._application, index, epoch)
         try:
-            blocks = self._resolved.blocks(placed.ready)
-            placed.run(blocks, self._hub.rank_endpoint)
+            blocks, host_blocks = self._resolved.blocks(placed.ready)
+            placed.run(blocks, host_blocks, self._hub.rank_endpoint)
             link = self._hub.link(epoch, placed.identities)
-            engine = self._resolved.engine(placed.ready, blocks, link, epoch, self._metrics)
+            engine = self._resolved.engine(placed.ready, blocks, host_blocks, link, epoch, self._metrics)
         except BaseException:
             placed.end()
             raise

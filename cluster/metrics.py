@@ -38,6 +38,17 @@ class Metrics:
         self._preemptions = Gauge(
             "kvarto_preemptions", "Groups preempted since the worker group began", ["group", "mode"], registry=registry)
 
+        self._sums = {
+            name: Gauge(f"kvarto_{name}", text, ["group"], registry=registry) for name, text in (
+                ("kv_waste", "Share of the slots of blocks in use that hold no token, over all steps"),
+                ("saved_by_sharing", "Share of table entries that need no block of their own, over all steps"),
+                ("prefix_queried_tokens", "Prompt tokens that were looked up in the prefix cache"),
+                ("prefix_hit_tokens", "Prompt tokens that were found in the prefix cache"),
+                ("num_copied_blocks", "Blocks copied on write"),
+                ("swap_out_bytes", "Bytes moved from device to host blocks"),
+                ("swap_in_bytes", "Bytes moved from host to device blocks"),
+                ("swap_seconds", "Seconds that rank 0 spent on block moves"))}
+
     def on_delta(self, group: SequenceGroup, delta: Delta, now: float) -> None:
         """A sequence gained tokens, or ended, at `now` (monotonic seconds)."""
         if delta.error:
@@ -62,7 +73,10 @@ class Metrics:
             group = str(index)
             self._running.labels(group).set(status["num_running"])
             self._waiting.labels(group).set(status["num_waiting"])
-            for state in ("free", "used", "releasing"):
-                self._blocks.labels(group, state).set(status["blocks"][state])
-            self._preemptions.labels(group, "recompute").set(status["num_preemptions"])
+            for state, count in status["blocks"].items():
+                self._blocks.labels(group, state).set(count)
+            for mode in ("swap", "recompute"):
+                self._preemptions.labels(group, mode).set(status[f"num_preemptions_by_{mode}"])
+            for name, gauge in self._sums.items():
+                gauge.labels(group).set(status[name])
         return generate_latest(self.registry).decode()

@@ -25,6 +25,12 @@ class StreamChunk:
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it; None for end-of-sequence."""
     num_cached_tokens: int = 0
+    cumulative_logprob: float | None = None
+    """Sum over all tokens of the completion, where it comes as a whole: of a beam, and with `best_of` above `n`."""
+    beam_score: float | None = None
+    """Of a beam: `cumulative_logprob / num_tokens ** length_penalty`."""
+    num_dropped_tokens: int = 0
+    """Tokens of the completions that `best_of` passed over; with the first chunk of the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,10 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    """Sum over the sampled tokens; None where `logprobs` was not asked for."""
+    """Sum over the generated tokens; None where nobody asked for it: by `logprobs`, `beam_width`, or a `best_of` above
+    `n`."""
+    beam_score: float | None = None
+    """Of a beam: `cumulative_logprob / num_tokens ** length_penalty`."""
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None

@@ -11,10 +11,12 @@ from ..protos.model import ModelConfig
 from ..protos.request import EngineInfo
 from ..protos.step import RankConfig, RankReady
 from .block_space import BlockSpace
-from .block_space.sizing import num_blocks
+from .block_space.disk_keys import hash_key, stored_keys
+from .block_space.sizing import num_blocks, num_disk_blocks, num_host_blocks
 from .engine.engine import Engine
 from .engine.transport import WorkerGroupLink
 from .metrics import Metrics
+from .policies import EVICTION, PREEMPTION, VICTIM, WATERMARK, Costs, pick
 from .scheduler import Scheduler, SchedulerLimits
 
 
@@ -35,29 +37,42 @@ class Resolved:
             model=self.model, dtype=self.dtype, device=self.device, tp_size=config.tensor_parallel_size, rank=rank,
             epoch=epoch, block_size=config.block_size, max_model_len=self.max_model_len,
             max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
-            num_threads=self.threads_per_rank, step_timeout_s=config.step_timeout_s, lease_s=config.lease_s)
+            num_threads=self.threads_per_rank, step_timeout_s=config.step_timeout_s, lease_s=config.lease_s,
+            kv_disk_path=config.kv_disk_path and os.path.abspath(config.kv_disk_path))
 
-    def blocks(self, ranks: list[RankReady]) -> list[int]:
-        """Usable blocks per KV group. Raises `ResourcesError`."""
-        return num_blocks(self.config, ranks, self.max_model_len, self.device)
+    def blocks(self, ranks: list[RankReady]) -> tuple[list[int], list[int]]:
+        """Usable device blocks and host blocks per KV group. Raises `ResourcesError`."""
+        blocks = num_blocks(self.config, ranks, self.max_model_len, self.device)
+        return blocks, num_host_blocks(self.config, ranks, blocks, self.device)
 
     def engine(
-        self, ranks: list[RankReady], blocks: list[int], link: WorkerGroupLink, epoch: int, metrics: Metrics
+        self, ranks: list[RankReady], blocks: list[int], host_blocks: list[int], link: WorkerGroupLink, epoch: int,
+        metrics: Metrics,
     ) -> Engine:
         """The engine of a worker group whose ranks are ready."""
         config = self.config
-        space = BlockSpace(ranks[0].kv_groups, blocks, config.block_size)
+        stored, orphaned = stored_keys(ranks)
+        space = BlockSpace(
+            ranks[0].kv_groups, blocks, config.block_size, num_host_blocks=host_blocks,
+            enable_prefix_caching=config.enable_prefix_caching, hash_key=hash_key(config.kv_disk_path),
+            eviction_policy=config.eviction_policy, disk_capacity=num_disk_blocks(config, ranks),
+            stored_keys=stored, orphaned_keys=orphaned)
         info = EngineInfo(
             epoch=epoch, max_model_len=self.max_model_len, vocab_size=self.model.vocab_size,
             max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
             kv_capacity_tokens=space.capacity_tokens, block_size=config.block_size, num_blocks=min(blocks),
+            num_host_blocks=min(host_blocks),
             kernels=ranks[0].kernels, dtype=self.dtype, tp_size=config.tensor_parallel_size,
             num_groups=config.num_worker_groups)
         scheduler = Scheduler(
             space, SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens), epoch=epoch,
-            eos_token_ids=frozenset(self.model.eos_token_ids))
+            eos_token_ids=frozenset(self.model.eos_token_ids), num_ranks=len(ranks),
+            preemption_mode=config.preemption_mode, victim_policy=config.victim_policy,
+            watermark_policy=config.watermark_policy, costs=costs(ranks))
+        block_bytes = [sum(rank.block_bytes[group] for rank in ranks) for group in range(len(blocks))]
         return Engine(scheduler, link, info, metrics, async_scheduling=config.async_scheduling,
-                      step_timeout_s=config.step_timeout_s, check_integrity=config.check_integrity)
+                      step_timeout_s=config.step_timeout_s, check_integrity=config.check_integrity,
+                      block_bytes=block_bytes)
 
 
 def resolve(config: EngineConfig, model: ModelConfig, *, has_cuda: bool) -> Resolved:
@@ -70,6 +85,9 @@ def resolve(config: EngineConfig, model: ModelConfig, *, has_cuda: bool) -> Reso
     if config.max_model_len and config.max_model_len > model.max_position_embeddings:
         raise ConfigError(f"max_model_len={config.max_model_len} is above what the model was made for "
                           f"({model.max_position_embeddings} positions)")
+    for key, registry in (("preemption_mode", PREEMPTION), ("victim_policy", VICTIM), ("eviction_policy", EVICTION),
+                          ("watermark_policy", WATERMARK)):
+        pick(registry, key, getattr(config, key))
     device = config.device if config.device != "auto" else "cuda" if has_cuda else "cpu"
     cores = len(os.sched_getaffinity(0))
     return Resolved(
@@ -77,3 +95,10 @@ def resolve(config: EngineConfig, model: ModelConfig, *, has_cuda: bool) -> Reso
         max_model_len=config.max_model_len or model.max_position_embeddings,
         threads_per_rank=config.threads_per_rank or max(
             1, cores // (config.tensor_parallel_size * config.num_worker_groups)))
+
+
+def costs(ranks: list[RankReady]) -> Costs:
+    """What the scheduler decides by: the slowest rank counts, for all wait for it."""
+    return Costs(
+        block_copy_s=max(sum(rank.block_bytes) / rank.costs.copy_bytes_per_s for rank in ranks),
+        prefill_token_s=max(1 / rank.costs.prefill_tokens_per_s for rank in ranks))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -62,3 +64,21 @@ def dense(tensor: Tensor, label: str) -> Tensor:
     if not tensor.is_contiguous():
         raise ValueError(f"{label} must be contiguous, got strides {tensor.stride()}")
     return tensor
+
+
+def dense_blocks(label: str, tensor: Tensor) -> None:
+    """The first dimension counts blocks, which may be any stride apart; the elements of each are dense."""
+    if tensor.dim() == 0:
+        raise ValueError(f"{label} must be [num_blocks, ...], got a scalar")
+    if tensor.numel() > 0 and not tensor[0].is_contiguous():
+        raise ValueError(f"{label} must have dense blocks, got strides {tensor.stride()}")
+
+
+def checked_pairs(pairs: list[tuple[int, int]] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`[n, 2]`, contiguous."""
+    array = np.asarray(pairs) if len(pairs) else np.empty((0, 2), np.int64)
+    if array.dtype != np.int64:
+        raise TypeError(f"pairs must be int64, got {array.dtype}")
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise ValueError(f"pairs must be [n, 2], got {list(array.shape)}")
+    return np.ascontiguousarray(array)

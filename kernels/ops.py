@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,10 +25,12 @@ from .checks import (
     check_device,
     check_dtype,
     checked_cache,
+    checked_pairs,
     dense,
+    dense_blocks,
     token_stride,
 )
-from .native.library import NativeAttention, NativeCache, NativeLibrary, NativeLinear, load_library
+from .native.library import NativeAttention, NativeBlockCopy, NativeCache, NativeLibrary, NativeLinear, load_library
 
 # Keyed by the status of abi.h; {} is the offending sequence or token.
 STATUS_MESSAGES = {
@@ -33,6 +38,7 @@ STATUS_MESSAGES = {
     3: "kv_lens: sequence {} holds fewer rows than it has queries, or more than its block table names",
     4: "block_tables: sequence {} names a block outside the cache",
     5: "slot_mapping: the slot of token {} is outside the cache",
+    6: "pairs: pair {} names a block outside its tensor",
 }
 
 
@@ -107,6 +113,49 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
         detail,
     )
     _raise_for(status, detail.value)
+
+
+def copy_blocks(source: Tensor, destination: Tensor, pairs: list[tuple[int, int]] | npt.NDArray[np.int64]) -> None:
+    """Copy whole blocks from one pool to another, or within one: `destination[d] = source[s]` for every (s, d).
+
+    The copies may run in any order and at once: a destination must be named once, and not as a source when both
+    tensors are one.
+
+    Args:
+        source, destination: `[num_blocks, ...]` of one dtype (any), device and shape of a block; elements of a block
+            must be dense, blocks may be any stride apart.
+        pairs: (block of source, block of destination), as a list or `[n, 2]` int64; may be empty.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, layout or device, or a block outside its tensor (nothing is copied then).
+    """
+    name = backend()
+    dense_blocks("source", source)
+    dense_blocks("destination", destination)
+    check_device("source", source, name)
+    check("destination", destination, source.dtype, (destination.shape[0], *source.shape[1:]), source.device)
+    checked = checked_pairs(pairs)
+    if not len(checked):
+        return
+    if name == REFERENCE:
+        reference.copy_blocks(source, destination, torch.from_numpy(checked).to(source.device))
+        return
+    item_bytes = source.element_size()
+    call = NativeBlockCopy(
+        source.data_ptr(),
+        destination.data_ptr(),
+        checked.ctypes.data,
+        len(checked),
+        math.prod(source.shape[1:]) * item_bytes,
+        source.shape[0],
+        destination.shape[0],
+        source.stride(0) * item_bytes,
+        destination.stride(0) * item_bytes,
+        torch.get_num_threads(),
+    )
+    detail = ctypes.c_int64()
+    _raise_for(_library().copy_blocks(call, detail), detail.value)
 
 
 def paged_attention(

@@ -19,6 +19,14 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
     cache[block_ids, layer, 1, :, offsets] = value
 
 
+def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
+    limits = torch.tensor([source.shape[0], destination.shape[0]], device=pairs.device)
+    bad = ((pairs < 0) | (pairs >= limits)).any(1)
+    if bad.any():
+        raise ValueError(f"pairs: pair {int(bad.nonzero()[0, 0])} names a block outside its tensor")
+    destination[pairs[:, 1]] = source[pairs[:, 0]]
+
+
 def paged_attention(
     query: Tensor,
     cache: Tensor,

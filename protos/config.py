@@ -32,6 +32,21 @@ class EngineConfig(BaseModel):
         None, description="KV-cache blocks of a worker group; default: what the memory that may be used allows.")
     kv_cache_memory_bytes: Positive | None = Field(
         None, description="Most memory of one rank's KV pool; default: half of what is left after the weights.")
+    enable_prefix_caching: bool = Field(
+        True, description="Keep full blocks of ended sequences and share them with prompts that begin alike.")
+    swap_space_bytes: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Host memory of one rank for swapped sequences and evicted cached blocks; 0: none; default: "
+        "as much as the KV pool, at most a tenth of what is left and 1 GiB.")
+    preemption_mode: Literal["auto", "swap", "recompute"] = Field(
+        "auto", description="How a sequence gives its blocks up; auto: the cheaper by costs measured at start-up.")
+    victim_policy: str = Field("latest", description="Which request is preempted first: latest, least_computed.")
+    eviction_policy: str = Field("lru", description="Which cached block is evicted first: lru, retention.")
+    watermark_policy: str = Field(
+        "one_percent", description="Blocks that an admission leaves free: one_percent, none.")
+    kv_disk_path: str | None = Field(
+        None, description="Directory to which cached blocks fall from host memory, and where they outlive a restart.")
+    kv_disk_bytes: Positive = Field(
+        4 * 2**30, description="Most bytes of one rank's files under kv_disk_path.")
     max_num_seqs: Positive = Field(256, description="Most sequences in one step.")
     max_num_batched_tokens: Positive = Field(
         2048, description="Most tokens in one step: longer prompts are prefilled in chunks of it.")
@@ -66,6 +81,13 @@ class EngineConfig(BaseModel):
             raise ValueError("min_port and max_port go together: set both or none")
         if self.min_port is not None and self.max_port is not None and self.max_port < self.min_port:
             raise ValueError(f"max_port ({self.max_port}) is below min_port ({self.min_port})")
+        if self.preemption_mode == "swap" and self.swap_space_bytes == 0:
+            raise ValueError("preemption_mode='swap' needs host memory: leave swap_space_bytes unset or above 0")
+        if self.kv_disk_path is not None and not (self.enable_prefix_caching and self.swap_space_bytes != 0):
+            raise ValueError("kv_disk_path holds cached blocks that fall from host memory: it needs "
+                             "enable_prefix_caching=True and swap_space_bytes above 0")
+        if self.kv_disk_path is not None and self.num_worker_groups > 1:
+            raise ValueError("kv_disk_path belongs to one worker group: use num_worker_groups=1")
         if self.executor == "inline" and self.num_worker_groups > 1:
             raise ValueError("executor='inline' runs one worker group: use executor='ray' for num_worker_groups > 1")
         return self

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvarto/protos/inference.proto\x12\tkvarto.v1\"\xe4\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.kvarto.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.kvarto.v1.ChatMessagesH\x00\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.kvarto.v1.SamplingParameters\x12\x10\n\x08priority\x18\x07 \x01(\x05\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.kvarto.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd6\x06\n\x12SamplingParameters\x12\x0e\n\x01n\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x01H\t\x88\x01\x01\x12@\n\nlogit_bias\x18\x0b \x03(\x0b\x32,.kvarto.v1.SamplingParameters.LogitBiasEntry\x12\x11\n\x04seed\x18\x0c \x01(\x03H\n\x88\x01\x01\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\'\n\x1ainclude_stop_str_in_output\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\x17\n\nignore_eos\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x12\x15\n\x08logprobs\x18\x11 \x01(\x05H\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\x05H\x0e\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x13 \x01(\x08H\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x04\n\x02_nB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x1d\n\x1b_include_stop_str_in_outputB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokens\"m\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xc5\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.kvarto.v1.TokenLogprobs\x12\x31\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x18.kvarto.v1.TokenLogprobs\x12.\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x17.kvarto.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x08 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\t \x01(\rH\x00\x12\x1f\n\x05usage\x18\n \x01(\x0b\x32\x10.kvarto.v1.UsageB\r\n\x0bstop_reason*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32X\n\tInference\x12K\n\x0eGenerateStream\x12\x1a.kvarto.v1.GenerateRequest\x1a\x1b.kvarto.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvarto/protos/inference.proto\x12\tkvarto.v1\"\xf8\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.kvarto.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.kvarto.v1.ChatMessagesH\x00\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.kvarto.v1.SamplingParameters\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x12\n\ncache_salt\x18\x08 \x01(\tB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.kvarto.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x82\x08\n\x12SamplingParameters\x12\x0e\n\x01n\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x01H\t\x88\x01\x01\x12@\n\nlogit_bias\x18\x0b \x03(\x0b\x32,.kvarto.v1.SamplingParameters.LogitBiasEntry\x12\x11\n\x04seed\x18\x0c \x01(\x03H\n\x88\x01\x01\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\'\n\x1ainclude_stop_str_in_output\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\x17\n\nignore_eos\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x12\x15\n\x08logprobs\x18\x11 \x01(\x05H\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\x05H\x0e\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x13 \x01(\x08H\x0f\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\x14 \x01(\x05H\x10\x88\x01\x01\x12\x17\n\nbeam_width\x18\x15 \x01(\x05H\x11\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x16 \x01(\x01H\x12\x88\x01\x01\x12\x30\n\x0e\x65\x61rly_stopping\x18\x17 \x01(\x0e\x32\x18.kvarto.v1.EarlyStopping\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x04\n\x02_nB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x1d\n\x1b_include_stop_str_in_outputB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokensB\n\n\x08_best_ofB\r\n\x0b_beam_widthB\x11\n\x0f_length_penalty\"m\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xc0\x03\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.kvarto.v1.TokenLogprobs\x12\x31\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x18.kvarto.v1.TokenLogprobs\x12.\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x17.kvarto.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x08 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\t \x01(\rH\x00\x12\x1f\n\x05usage\x18\n \x01(\x0b\x32\x10.kvarto.v1.Usage\x12\x1f\n\x12\x63umulative_logprob\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12\x17\n\nbeam_score\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\r \x01(\rB\r\n\x0bstop_reasonB\x15\n\x13_cumulative_logprobB\r\n\x0b_beam_score*|\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45\x41RLY_STOPPING_FALSE\x10\x01\x12\x17\n\x13\x45\x41RLY_STOPPING_TRUE\x10\x02\x12\x18\n\x14\x45\x41RLY_STOPPING_NEVER\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32X\n\tInference\x12K\n\x0eGenerateStream\x12\x1a.kvarto.v1.GenerateRequest\x1a\x1b.kvarto.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,26 +34,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1782
-  _globals['_FINISHREASON']._serialized_end=1877
+  _globals['_EARLYSTOPPING']._serialized_start=2097
+  _globals['_EARLYSTOPPING']._serialized_end=2221
+  _globals['_FINISHREASON']._serialized_start=2223
+  _globals['_FINISHREASON']._serialized_end=2318
   _globals['_GENERATEREQUEST']._serialized_start=45
-  _globals['_GENERATEREQUEST']._serialized_end=273
-  _globals['_TOKENIDS']._serialized_start=275
-  _globals['_TOKENIDS']._serialized_end=298
-  _globals['_CHATMESSAGES']._serialized_start=300
-  _globals['_CHATMESSAGES']._serialized_end=356
-  _globals['_CHATMESSAGE']._serialized_start=358
-  _globals['_CHATMESSAGE']._serialized_end=402
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=405
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=1259
-  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=951
-  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=999
-  _globals['_TOKENLOGPROBS']._serialized_start=1261
-  _globals['_TOKENLOGPROBS']._serialized_end=1370
-  _globals['_USAGE']._serialized_start=1372
-  _globals['_USAGE']._serialized_end=1452
-  _globals['_GENERATERESPONSE']._serialized_start=1455
-  _globals['_GENERATERESPONSE']._serialized_end=1780
-  _globals['_INFERENCE']._serialized_start=1879
-  _globals['_INFERENCE']._serialized_end=1967
+  _globals['_GENERATEREQUEST']._serialized_end=293
+  _globals['_TOKENIDS']._serialized_start=295
+  _globals['_TOKENIDS']._serialized_end=318
+  _globals['_CHATMESSAGES']._serialized_start=320
+  _globals['_CHATMESSAGES']._serialized_end=376
+  _globals['_CHATMESSAGE']._serialized_start=378
+  _globals['_CHATMESSAGE']._serialized_end=422
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=425
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=1451
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=1097
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=1145
+  _globals['_TOKENLOGPROBS']._serialized_start=1453
+  _globals['_TOKENLOGPROBS']._serialized_end=1562
+  _globals['_USAGE']._serialized_start=1564
+  _globals['_USAGE']._serialized_end=1644
+  _globals['_GENERATERESPONSE']._serialized_start=1647
+  _globals['_GENERATERESPONSE']._serialized_end=2095
+  _globals['_INFERENCE']._serialized_start=2320
+  _globals['_INFERENCE']._serialized_end=2408
 # @@protoc_insertion_point(module_scope)

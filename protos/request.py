@@ -18,8 +18,12 @@ class AddRequest(Struct, kw_only=True, omit_defaults=True, tag="add"):
     params: SamplingParams
     priority: int = 0
     """Lower goes first, as in vLLM."""
+    cache_salt: str = ""
+    """Prompts share cached blocks only with prompts of the same salt."""
     output_token_ids: list[list[int]] = []
     """What each sequence has produced already, when a request is handed over again after a recovery."""
+    ended_indices: list[int] = []
+    """Sequences that had their last token before it: nothing more is wanted of them."""
 
 
 class CancelRequest(Struct, kw_only=True, omit_defaults=True, tag="cancel"):
@@ -31,7 +35,7 @@ class CancelRequest(Struct, kw_only=True, omit_defaults=True, tag="cancel"):
 
 
 class Query(Struct, kw_only=True, tag="query"):
-    """Ask for `info`, `status` or `metrics`; answered by a `Reply` with the same id."""
+    """Ask for `info`, `status`, `blocks` (the block map) or `metrics`; answered by a `Reply` with the same id."""
 
     query_id: int
     what: str
@@ -69,6 +73,10 @@ class Delta(Struct, kw_only=True, omit_defaults=True):
     """The token of `stop_token_ids` that ended the sequence; None for end-of-sequence."""
     num_cached_tokens: int = 0
     """Prompt tokens that were found in the prefix cache; set on the first delta."""
+    cumulative_logprob: float | None = None
+    """Of a beam's only delta: the sum over its tokens."""
+    beam_score: float | None = None
+    """Of a beam's only delta: `cumulative_logprob / num_tokens ** length_penalty`."""
     error: RequestError | None = None
 
 
@@ -110,6 +118,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     """Tokens that the block space of one worker group holds."""
     block_size: int
     num_blocks: int
+    num_host_blocks: int
+    """Blocks of the host pool, to which sequences are swapped out and cached blocks fall."""
     kernels: str
     dtype: str
     tp_size: int

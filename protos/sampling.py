@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import force_setattr
@@ -22,6 +23,16 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
     n: int = 1
     """Completions of the prompt. Completion `i` draws from (seed, i, position)."""
+    best_of: int | None = None
+    """Completions to generate, of which the `n` with the highest mean log probability are returned; default: `n`."""
+    beam_width: int | None = None
+    """Beam search with this many beams, of which the best `n` are returned (scores and order as Transformers'); None:
+    no beam search. Tokens come when the search ends."""
+    length_penalty: float = 1.0
+    """A beam's score is the sum of its log probabilities over its generated length to this power, within [-10, 10]."""
+    early_stopping: bool | Literal["never"] = False
+    """When a beam search ends, as in Transformers: True: with `beam_width` ended beams; False: when no running one is
+    likely to beat them; "never": when none can."""
     max_tokens: int | None = 16
     """Most tokens to generate; None: as many as `max_model_len` and the block space allow."""
     min_tokens: int = 0
@@ -61,6 +72,12 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
             if getattr(self, name) is None:
                 raise InvalidRequestError(f"{name} must be an integer, got None", param=name)
         _check_int("n", self.n, low=1)
+        _check_int("best_of", self.best_of, low=1)
+        _check_int("beam_width", self.beam_width, low=1)
+        _check_float("length_penalty", self.length_penalty, low=-10.0, high=10.0)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise InvalidRequestError(
+                f"early_stopping must be true, false or 'never', got {self.early_stopping!r}", param="early_stopping")
         _check_int("max_tokens", self.max_tokens, low=1)
         _check_int("min_tokens", self.min_tokens, low=0)
         _check_int("top_k", self.top_k, low=1)
@@ -85,8 +102,45 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})", param="min_tokens")
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidRequestError(f"best_of ({self.best_of}) is below n ({self.n})", param="best_of")
+        if self.beam_width is not None:
+            self._check_beam_search()
+        elif self.length_penalty != 1.0 or self.early_stopping:
+            name = "early_stopping" if self.early_stopping else "length_penalty"
+            raise InvalidRequestError(f"{name} has no effect without a beam search: set beam_width", param=name)
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop strings are matched on text: set detokenize=True", param="stop")
+
+    def _check_beam_search(self) -> None:
+        assert self.beam_width is not None
+        if self.n > self.beam_width:
+            raise InvalidRequestError(f"n ({self.n}) is above beam_width ({self.beam_width})", param="n")
+        # A search draws nothing and ranks whole beams by the model's own probabilities.
+        others = dict(
+            best_of=self.best_of is not None, temperature=self.temperature not in (0.0, 1.0),
+            top_k=self.top_k is not None, top_p=self.top_p != 1.0, min_p=self.min_p != 0.0,
+            repetition_penalty=self.repetition_penalty != 1.0, presence_penalty=self.presence_penalty != 0.0,
+            frequency_penalty=self.frequency_penalty != 0.0, logit_bias=bool(self.logit_bias), stop=bool(self.stop),
+            min_tokens=self.min_tokens > 0, logprobs=self.logprobs is not None,
+            prompt_logprobs=self.prompt_logprobs is not None)
+        for name, given in others.items():
+            if given:
+                raise InvalidRequestError(f"{name} has no effect in a beam search: leave it out", param=name)
+
+    @property
+    def num_sequences(self) -> int:
+        """Most sequences that the request has at one time."""
+        return self.beam_width or self.best_of or self.n
+
+    def beam_end_tokens(self, eos_token_ids: tuple[int, ...]) -> frozenset[int]:
+        """Tokens that end a beam; `eos_token_ids` are the model's."""
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_token_ids))
+
+    def num_beam_candidates(self, eos_token_ids: tuple[int, ...]) -> int:
+        """Likeliest tokens that a step of the search needs of each beam, as many as Transformers takes; 0: no beam
+        search. `beam_width` beams go on however many of their best continuations end."""
+        return (self.beam_width or 0) * max(2, 1 + len(self.beam_end_tokens(eos_token_ids)))
 
     @property
     def greedy(self) -> bool:

@@ -26,6 +26,15 @@ class SequenceStart(Struct, kw_only=True, omit_defaults=True):
     params: SamplingParams
 
 
+class SequenceFork(Struct, kw_only=True, omit_defaults=True):
+    """A sequence that begins as a copy of one that the ranks hold: its tokens, its block tables and how far it is
+    computed. The parameters are the parent's."""
+
+    seq_id: int
+    parent_seq_id: int
+    seq_index: int
+
+
 class SequenceStep(Struct, kw_only=True, omit_defaults=True):
     """Compute the next `num_tokens` of a sequence. One that reaches the last known token samples the next one."""
 
@@ -33,16 +42,47 @@ class SequenceStep(Struct, kw_only=True, omit_defaults=True):
     num_tokens: int = 1
     new_block_ids: list[list[int]] = []
     """Blocks appended to the block table of each KV group; empty: none in any group."""
+    copied_block_ids: list[int] = []
+    """Per KV group the block that takes the place of the one that holds the first token computed, which other
+    sequences still read; the plan's `copies` bring its contents (copy-on-write). Empty: it is written in place."""
+    token_ids: list[int] = []
+    """Appended to the sequence before it is computed: tokens of a beam, which the Head chooses."""
+
+
+class BlockMoves(Struct, kw_only=True, omit_defaults=True):
+    """Blocks of one KV group that a plan moves, kind after kind as the fields stand here; moves of one kind may run in
+    any order. A block that a plan reads or releases is no destination in the same plan, except blocks emptied by its
+    own earlier moves: device blocks by swap-outs that no copy reads, host blocks by disk stores that no swap-in reads.
+    Device and host pools number their blocks apart, each from 1."""
+
+    disk_drops: list[bytes] = []
+    """Keys of files that are not wanted any more."""
+    disk_stores: list[tuple[int, bytes]] = []
+    """(host block, key)"""
+    swap_outs: list[tuple[int, int]] = []
+    """(device block, host block)"""
+    disk_loads: list[tuple[bytes, int]] = []
+    """(key, host block). Every rank answers a plan that has some."""
+    swap_ins: list[tuple[int, int]] = []
+    """(host block, device block)"""
+    copies: list[tuple[int, int]] = []
+    """(device block, device block)"""
 
 
 class StepPlan(Struct, kw_only=True, omit_defaults=True, tag="plan"):
-    """What the ranks of one group do next. `ends` are forgotten first, then `starts` are taken, then `steps` run."""
+    """What the ranks of one group do next, in the order of the fields. `steps` may be empty where there are moves."""
 
     epoch: int
     step_id: int
+    moves: list[BlockMoves] = []
+    """Per KV group; empty: none in any group."""
+    forks: list[SequenceFork] = []
     ends: list[int] = []
     starts: list[SequenceStart] = []
     steps: list[SequenceStep] = []
+    siblings: list[SequenceFork] = []
+    """Forks of sequences of `steps` once those are computed and before they sample: each sibling samples its own next
+    token from its parent's logits (parallel sampling)."""
 
 
 class Lease(Struct, kw_only=True, tag="lease"):
@@ -100,17 +140,32 @@ class RankHello(Struct, kw_only=True, tag="hello"):
     rank: int
 
 
+class BeamCandidates(Struct, kw_only=True):
+    """The likeliest next tokens of one beam, best first, `SamplingParams.num_beam_candidates` of them, or the
+    whole vocabulary. The rank appends none: the Head chooses among the candidates of all beams of the group."""
+
+    seq_id: int
+    token_ids: list[int]
+    logprobs: list[float]
+
+
 class StepResult(Struct, kw_only=True, omit_defaults=True, tag="result"):
-    """What rank 0 says of a step; any rank sends one with `error` when the step failed there."""
+    """What rank 0 says of a step; any rank sends one with `error` when the step failed there. Of a plan with
+    `disk_loads` every rank sends one, those of other ranks than 0 with `failed_loads` only."""
 
     epoch: int
     step_id: int
     rank: int = 0
     tokens: list[SampledToken] = []
     prompt_logprobs: list[PromptLogprobs] = []
+    beams: list[BeamCandidates] = []
     failures: list[SequenceFailure] = []
+    failed_loads: list[tuple[int, bytes]] = []
+    """(KV group, key) of the plan's `disk_loads` whose file is missing, cut short or corrupt on this rank."""
     seconds: float = 0.0
     """Wall time that the rank spent on the step."""
+    move_seconds: float = 0.0
+    """Of these, on block moves."""
     error: str | None = None
 
 
@@ -134,6 +189,16 @@ class RankConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_threads: int
     step_timeout_s: float
     lease_s: float
+    kv_disk_path: str | None = None
+    """Directory of the disk tier; None: there is none."""
+
+
+class RankCosts(Struct, kw_only=True):
+    """What moving and computing cost on this rank, measured once its weights are loaded."""
+
+    copy_bytes_per_s: float
+    """Of whole blocks from the device pool to the host pool and back."""
+    prefill_tokens_per_s: float
 
 
 class RankReady(Struct, kw_only=True, omit_defaults=True):
@@ -144,9 +209,14 @@ class RankReady(Struct, kw_only=True, omit_defaults=True):
     block_bytes: list[int]
     """Bytes of one block of each KV group on this rank."""
     available_bytes: int
-    """Memory that this rank may still take for its pools."""
+    """Memory of its device that this rank may still take for its pools."""
+    available_host_bytes: int
+    """Main memory that it may still take; on a CPU, of the same."""
     kernels: str
     """Name of the kernel backend in use."""
     node: str
     """Host that the rank runs on: ranks of one host share its memory."""
     pid: int
+    costs: RankCosts
+    stored_keys: list[list[bytes]] = []
+    """Per KV group the keys of the disk tier's files that this rank could load, oldest first; empty: no disk tier."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..protos.step import SequenceStart, SequenceStep
+from ..protos.step import SequenceFork, SequenceStart, SequenceStep
 
 Ints = npt.NDArray[np.int64]
 
@@ -33,19 +33,19 @@ class ForwardBatch:
 
 class SequenceTable:
     """The sequences that a rank holds, one row each in fixed arrays, so that a step is built without Python loops
-    over tokens. Rows are taken by `start` and given back by `end`."""
+    over tokens. Rows are taken by `start` and `fork` and given back by `end`."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_kv_groups: int) -> None:
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int, num_kv_groups: int) -> None:
         max_blocks = -(-max_model_len // block_size)
         self.block_size = block_size
         # Untouched pages of these cost nothing: the operating system hands memory out as it is written.
-        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
-        self.block_tables = [np.zeros((max_num_seqs, max_blocks), np.int32) for _ in range(num_kv_groups)]
-        self.num_blocks = np.zeros((num_kv_groups, max_num_seqs), np.int64)
-        self.num_tokens = np.zeros(max_num_seqs, np.int64)
-        self.num_computed = np.zeros(max_num_seqs, np.int64)
+        self.token_ids = np.zeros((num_rows, max_model_len + 1), np.int32)
+        self.block_tables = [np.zeros((num_rows, max_blocks), np.int32) for _ in range(num_kv_groups)]
+        self.num_blocks = np.zeros((num_kv_groups, num_rows), np.int64)
+        self.num_tokens = np.zeros(num_rows, np.int64)
+        self.num_computed = np.zeros(num_rows, np.int64)
         self._rows: dict[int, int] = {}
-        self._free = list(range(max_num_seqs - 1, -1, -1))
+        self._free = list(range(num_rows - 1, -1, -1))
 
     def start(self, start: SequenceStart) -> int:
         """Take a row for a sequence; its blocks come with its first step."""
@@ -55,6 +55,19 @@ class SequenceTable:
         self.num_tokens[row] = count
         self.num_computed[row] = start.num_computed_tokens
         self.num_blocks[:, row] = 0
+        return row
+
+    def fork(self, fork: SequenceFork) -> int:
+        """Take a row for a sequence that begins as its parent stands: tokens, blocks, and how far it is computed."""
+        parent = self._rows[fork.parent_seq_id]
+        row = self._rows[fork.seq_id] = self._free.pop()
+        count = self.num_tokens[parent]
+        self.token_ids[row, :count] = self.token_ids[parent, :count]
+        self.num_tokens[row] = count
+        self.num_computed[row] = self.num_computed[parent]
+        self.num_blocks[:, row] = self.num_blocks[:, parent]
+        for table in self.block_tables:
+            table[row] = table[parent]
         return row
 
     def end(self, seq_id: int) -> int:
@@ -68,18 +81,28 @@ class SequenceTable:
     def row(self, seq_id: int) -> int:
         return self._rows[seq_id]
 
+    def tokens(self, seq_id: int) -> npt.NDArray[np.int32]:
+        """All known tokens of a sequence: a view."""
+        row = self._rows[seq_id]
+        return self.token_ids[row, :self.num_tokens[row]]
+
     def append(self, rows: Ints, token_ids: Ints) -> None:
         """One sampled token to each of `rows`."""
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
 
-    def grant(self, step: SequenceStep) -> None:
-        """Append the blocks that a step brings to the block tables."""
+    def take(self, step: SequenceStep) -> None:
+        """What a step brings to its sequence before it is computed: blocks, copies of blocks, tokens."""
         row = self._rows[step.seq_id]
         for group, block_ids in enumerate(step.new_block_ids):
             begin = self.num_blocks[group, row]
             self.block_tables[group][row, begin: begin + len(block_ids)] = block_ids
             self.num_blocks[group, row] += len(block_ids)
+        for group, block_id in enumerate(step.copied_block_ids):
+            self.block_tables[group][row, self.num_computed[row] // self.block_size] = block_id
+        begin = self.num_tokens[row]
+        self.token_ids[row, begin: begin + len(step.token_ids)] = step.token_ids
+        self.num_tokens[row] += len(step.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +121,10 @@ class StepLayout:
 
 
 def lay_out(steps: list[SequenceStep], table: SequenceTable) -> StepLayout:
-    """Grant the blocks of `steps` and find their places. Nothing is marked as computed yet."""
+    """Give the sequences what `steps` bring and find their places. Nothing is marked as computed yet."""
     for step in steps:
-        if step.new_block_ids:
-            table.grant(step)
+        if step.new_block_ids or step.copied_block_ids or step.token_ids:
+            table.take(step)
     rows = np.array([table.row(step.seq_id) for step in steps], np.int64)
     counts = np.array([step.num_tokens for step in steps], np.int64)
     query_start_loc = np.zeros(len(steps) + 1, np.int64)

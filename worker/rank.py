@@ -6,94 +6,98 @@ import os
 import platform
 import time
 
-import numpy as np
 import torch
 
 from ..kernels import backend
-from ..protos.step import (
-    PromptLogprobs,
-    RankConfig,
-    RankReady,
-    SampledToken,
-    SequenceFailure,
-    StepPlan,
-    StepResult,
-)
-from .batch import SequenceTable, StepLayout, build, lay_out
+from ..protos.step import RankConfig, RankCosts, RankReady, SequenceFork, StepPlan, StepResult
+from .batch import SequenceTable, build, lay_out
+from .block_mover import BlockMover
 from .collectives import Communicator
+from .costs import measure_costs
 from .decoder import Decoder
+from .disk_tier import DiskTier
+from .fingerprint import fingerprint
 from .kv_groups import block_bytes, cache_shape
 from .layout import TPLayout
 from .memory import available_bytes
-from .sampling import NonFiniteLogitsError, Sampler, SamplingState
+from .sampling import Sampler
+from .step_sampling import StepSampling
 from .weights import open_weights
-
-PROMPT_LOGPROBS_ROWS = 128
-"""Prompt rows whose logits are held at once: a whole chunk of a large vocabulary would take gigabytes."""
 
 
 class Rank:
-    """Load, then `allocate`, then `execute` plans in order. All ranks of a group execute the same plans."""
+    """Load, then `measure`, `ready`, `allocate`, then `execute` plans in order. All ranks of a group execute the same
+    plans."""
 
     def __init__(self, config: RankConfig, comm: Communicator) -> None:
-        """Reads this rank's slices of the weights. Raises `ModelLoadError` when they cannot be read."""
+        """Reads this rank's slices of the weights. Raises `ModelLoadError` when they cannot be read, and `ConfigError`
+        when `kv_disk_path` cannot be used."""
         self._config = config
         self._comm = comm
         self._device = torch.device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._layout = TPLayout.of(config.model, config.tp_size, config.rank)
         torch.set_num_threads(config.num_threads)
+        source = open_weights(config.model)
         self._decoder = Decoder.load(
-            config.model, self._layout, open_weights(config.model), self._dtype, self._device, comm,
-            config.max_model_len)
-        vocab = self._layout.vocab
-        self._sampler = Sampler(comm, vocab_start=vocab.start, local_vocab=len(vocab))
-        self._caches: list[torch.Tensor] = []
-        self._table = SequenceTable(
-            config.max_num_seqs, config.max_model_len, config.block_size, len(self._decoder.kv_groups))
-        self._states: dict[int, SamplingState] = {}
-        self._prompts: dict[int, tuple[list[int], int]] = {}
-
-    def ready(self) -> RankReady:
-        """What the Head needs to size the KV pool."""
+            config.model, self._layout, source, self._dtype, self._device, comm, config.max_model_len)
         groups = self._decoder.kv_groups
-        return RankReady(
-            rank=self._config.rank, kv_groups=groups,
-            block_bytes=[
-                block_bytes(self._config.model, self._layout, group, self._config.block_size, self._dtype)
-                for group in groups],
-            available_bytes=available_bytes(self._device), kernels=backend(), node=platform.node(), pid=os.getpid())
+        self._block_bytes = [
+            block_bytes(config.model, self._layout, group, config.block_size, self._dtype) for group in groups]
+        self._disk: DiskTier | None = None
+        if config.kv_disk_path is not None:
+            self._disk = DiskTier(config.kv_disk_path, fingerprint(config, groups, source), self._block_bytes)
+        # Forks of a plan take their rows before its ends give theirs back.
+        self._table = SequenceTable(2 * config.max_num_seqs, config.max_model_len, config.block_size, len(groups))
+        vocab = self._layout.vocab
+        sampler = Sampler(comm, vocab_start=vocab.start, local_vocab=len(vocab))
+        self._sampling = StepSampling(self._decoder, sampler, self._table, self._device)
 
-    def allocate(self, num_blocks: list[int]) -> None:
-        """Make the KV pools: `num_blocks` blocks per KV group, and the null block before them."""
+    def measure(self) -> RankCosts:
+        """Time copies and a forward pass, which takes some tenths of a second. All ranks of a group at once."""
+        return measure_costs(self._decoder, self._config, self._dtype, self._device)
+
+    def ready(self, costs: RankCosts) -> RankReady:
+        """What the Head needs to size the pools and to schedule. `costs`: what `measure` found."""
+        return RankReady(
+            rank=self._config.rank, kv_groups=self._decoder.kv_groups, block_bytes=self._block_bytes,
+            available_bytes=available_bytes(self._device), available_host_bytes=available_bytes(torch.device("cpu")),
+            kernels=backend(), node=platform.node(), pid=os.getpid(), costs=costs,
+            stored_keys=[] if self._disk is None else self._disk.keys())
+
+    def allocate(self, num_blocks: list[int], num_host_blocks: list[int]) -> None:
+        """Make the pools: per KV group so many blocks on the device and in host memory (which may be none), and the
+        null block before them."""
         self._caches = [
             torch.empty(
                 cache_shape(self._config.model, self._layout, group, count + 1, self._config.block_size),
                 dtype=self._dtype, device=self._device)
             for group, count in zip(self._decoder.kv_groups, num_blocks, strict=True)]
+        self._mover = BlockMover(self._caches, num_host_blocks, self._disk)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Every rank returns the same tokens."""
+        """Run one step. Every rank returns the same, except for its failed loads and its times."""
         started = time.perf_counter()
+        result = StepResult(epoch=plan.epoch, step_id=plan.step_id, rank=self._config.rank)
+        if plan.moves:
+            result.failed_loads = self._mover.apply(plan.moves)
+            result.move_seconds = time.perf_counter() - started
+        for fork in plan.forks:
+            self._fork(fork)
         for seq_id in plan.ends:
             self._table.end(seq_id)
-            del self._states[seq_id]
-            self._prompts.pop(seq_id, None)
+            self._sampling.end(seq_id)
         for start in plan.starts:
             self._table.start(start)
-            self._states[start.seq_id] = self._sampler.start(
-                start.params, seq_index=start.seq_index, token_ids=start.token_ids,
-                num_prompt_tokens=start.num_prompt_tokens, eos_token_ids=self._config.model.eos_token_ids)
-            # One that has generated already has had its prompt's log probabilities sent.
-            if start.params.prompt_logprobs is not None and len(start.token_ids) == start.num_prompt_tokens:
-                self._prompts[start.seq_id] = start.token_ids, start.params.prompt_logprobs
-        layout = lay_out(plan.steps, self._table)
-        hidden = self._decoder.forward(build(layout, self._table, self._device), self._caches)
-        self._table.num_computed[layout.rows] = layout.ends
-        result = StepResult(epoch=plan.epoch, step_id=plan.step_id, rank=self._config.rank)
-        result.prompt_logprobs = self._prompt_logprobs(plan, layout, hidden)
-        self._sample(plan, layout, hidden, result)
+            self._sampling.start(start)
+        if plan.steps:
+            layout = lay_out(plan.steps, self._table)
+            hidden = self._decoder.forward(build(layout, self._table, self._device), self._caches)
+            self._table.num_computed[layout.rows] = layout.ends
+            for sibling in plan.siblings:
+                self._fork(sibling)
+            self._sampling.finish(plan, layout, hidden, result)
         result.seconds = time.perf_counter() - started
         return result
 
@@ -101,45 +105,6 @@ class Rank:
         """Leave the group: collectives that wait for this rank fail."""
         self._comm.close()
 
-    def _sample(self, plan: StepPlan, layout: StepLayout, hidden: torch.Tensor, result: StepResult) -> None:
-        """The next token of every sequence whose last known token was computed."""
-        done = np.flatnonzero(layout.ends == self._table.num_tokens[layout.rows])
-        if not len(done):
-            return
-        last_rows = torch.from_numpy(layout.query_start_loc[done + 1] - 1).to(self._device)
-        logits = self._decoder.logits(hidden[last_rows])
-        seq_ids = [plan.steps[index].seq_id for index in done]
-        positions = layout.ends[done]
-        try:
-            sampled = self._sampler.sample(logits, [self._states[s] for s in seq_ids], positions.tolist())
-        except NonFiniteLogitsError as error:
-            bad = set(error.rows)
-            message = "the model's logits for this sequence are not numbers: it cannot be continued"
-            result.failures = [SequenceFailure(seq_id=seq_ids[row], message=message) for row in sorted(bad)]
-            good = [row for row in range(len(seq_ids)) if row not in bad]
-            done, positions = done[good], positions[good]
-            seq_ids = [seq_ids[row] for row in good]
-            # The first call has applied penalties and biases in place: the rows are taken afresh.
-            logits = self._decoder.logits(hidden[last_rows[good]])
-            sampled = self._sampler.sample(logits, [self._states[s] for s in seq_ids], positions.tolist())
-        for seq_id, token in zip(seq_ids, sampled, strict=True):
-            self._states[seq_id].append(token.token_id)
-            result.tokens.append(SampledToken(seq_id=seq_id, token_id=token.token_id, logprobs=token.logprobs))
-        self._table.append(layout.rows[done], np.array([token.token_id for token in sampled], np.int64))
-
-    def _prompt_logprobs(self, plan: StepPlan, layout: StepLayout, hidden: torch.Tensor) -> list[PromptLogprobs]:
-        found = []
-        for index, step in enumerate(plan.steps):
-            if step.seq_id not in self._prompts:
-                continue
-            token_ids, num_top = self._prompts[step.seq_id]
-            first, row = int(layout.begins[index]) + 1, int(layout.query_start_loc[index])
-            targets = token_ids[first: int(layout.ends[index]) + 1]
-            positions = []
-            for offset in range(0, len(targets), PROMPT_LOGPROBS_ROWS):
-                some = targets[offset: offset + PROMPT_LOGPROBS_ROWS]
-                logits = self._decoder.logits(hidden[row + offset: row + offset + len(some)])
-                positions.extend(self._sampler.prompt_logprobs(logits, some, num_top))
-            if positions:
-                found.append(PromptLogprobs(seq_id=step.seq_id, first=first, positions=positions))
-        return found
+    def _fork(self, fork: SequenceFork) -> None:
+        self._table.fork(fork)
+        self._sampling.fork(fork)

@@ -34,15 +34,15 @@ class RankActor:
         return host, port
 
     def load(self, host: str, port: int) -> RankReady:
-        """Join the group and load the weights."""
+        """Join the group, load the weights and measure. Every rank of the group at once."""
         from .rank import Rank
 
         self._rank = Rank(self._config, self._join(host, port))
-        return self._rank.ready()
+        return self._rank.ready(self._rank.measure())
 
-    def run(self, num_blocks: list[int], endpoint: Endpoint) -> None:
+    def run(self, num_blocks: list[int], num_host_blocks: list[int], endpoint: Endpoint) -> None:
         """Allocate the pools and execute plans until told to end."""
-        self._rank.allocate(num_blocks)
+        self._rank.allocate(num_blocks, num_host_blocks)
         serve_rank(self._rank, endpoint, epoch=self._config.epoch, rank=self._config.rank,
                    lease_s=self._config.lease_s)
 

@@ -33,7 +33,7 @@ def rank_identity(epoch: int, rank: int) -> bytes:
 
 def serve_rank(executor: Executor, endpoint: Endpoint, *, epoch: int, rank: int, lease_s: float) -> None:
     """Execute the plans of one epoch. Returns on `Shutdown`; raises `LeaseExpiredError`, or what a step raised after
-    telling the Head of it. Only rank 0 answers a step that went well."""
+    telling the Head of it. A step that went well is answered by rank 0, one with `disk_loads` by every rank."""
     context = zmq.Context()
     socket = connect_dealer(context, endpoint, rank_identity(epoch, rank))
     try:
@@ -60,6 +60,9 @@ def serve_rank(executor: Executor, endpoint: Endpoint, *, epoch: int, rank: int,
                 raise
             if rank == 0:
                 socket.send(encode(result))
+            elif any(moves.disk_loads for moves in message.moves):
+                socket.send(encode(StepResult(
+                    epoch=epoch, step_id=message.step_id, rank=rank, failed_loads=result.failed_loads)))
             heard_s = time.monotonic()
     finally:
         socket.close()

@@ -1,6 +1,7 @@
-"""Who owns which KV-cache block. Pure bookkeeping: no tensor is touched here."""
+"""Who owns which KV-cache block, on the device, in host memory and on disk. Pure bookkeeping: no tensor is touched."""
 
-from .block_pool import BlockPool
-from .block_space import Answer, BlockSpace
+from .block_pool import BlockPool, State
+from .block_space import Answer, BlockSpace, Match
+from .sequence_blocks import SequenceBlocks
 
-__all__ = ["Answer", "BlockPool", "BlockSpace"]
+__all__ = ["Answer", "BlockPool", "BlockSpace", "Match", "SequenceBlocks", "State"]

@@ -1,11 +1,21 @@
-"""Block tables of every sequence, per KV group, and the answers to an allocation."""
+"""The block tables of every sequence: growing, forking with copy-on-write, sharing by content, swapping, freeing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 
+from ...protos.errors import KvartoError
 from ...protos.model import KVGroupSpec
-from .block_pool import BlockPool
+from ...protos.step import BlockMoves
+from ..policies import EVICTION, pick
+from .block_pool import BlockPool, State
+from .integrity import check_integrity
+from .plan_moves import PlanMoves
+from .prefix_keys import PrefixKeys
+from .sequence_blocks import SequenceBlocks
+from .swapping import Swapper
+from .tiers import Tiers
 
 
 class Answer(Enum):
@@ -16,32 +26,60 @@ class Answer(Enum):
     NEVER = "never"
 
 
-class BlockSpace:
-    """Owns the device blocks of one worker group. Block id b means the same block on every rank of the group."""
+Match = list[list[int]]
+"""Cached blocks that a prompt begins with, per block and KV group: a device block, or minus a host block."""
 
-    def __init__(self, kv_groups: list[KVGroupSpec], num_blocks: list[int], block_size: int) -> None:
+
+class BlockSpace:
+    """Owns the device and host blocks of one worker group. Block id b means the same block on every rank of it.
+
+    What moves blocks adds to the moves of the plan being made, which `end_plan` hands over.
+    """
+
+    def __init__(
+        self, kv_groups: list[KVGroupSpec], num_blocks: list[int], block_size: int, *,
+        num_host_blocks: list[int] | None = None, enable_prefix_caching: bool = False, hash_key: bytes = b"",
+        eviction_policy: str = "lru", disk_capacity: int = 0, stored_keys: Iterable[bytes] = (),
+        orphaned_keys: Iterable[bytes] = (),
+    ) -> None:
+        """`hash_key` is the secret of the prefix keys; `disk_capacity` and what follows as in `Tiers`. Raises
+        `ConfigError` for an unknown policy."""
+        eviction = pick(EVICTION, "eviction_policy", eviction_policy)
         self.kv_groups = kv_groups
         self.block_size = block_size
-        self.pools = [BlockPool(count) for count in num_blocks]
-        self._tables: dict[int, list[list[int]]] = {}
-        self._num_tokens: dict[int, int] = {}
-        self._total_tokens = 0
+        self.enable_prefix_caching = enable_prefix_caching
+        self.devices = [BlockPool(n, keep_cached=enable_prefix_caching, eviction=eviction) for n in num_blocks]
+        self.hosts = [BlockPool(n, keep_cached=enable_prefix_caching, eviction=eviction)
+                      for n in num_host_blocks or [0] * len(num_blocks)]
+        self.prefix_keys = PrefixKeys(hash_key, block_size)
+        self.moves = PlanMoves(len(kv_groups))
+        self.tiers = Tiers(self.devices, self.hosts, self.moves, disk_capacity=disk_capacity, stored_keys=stored_keys,
+                           orphaned_keys=orphaned_keys)
+        self._swapper = Swapper(self.devices, self.hosts, self.moves)
+        self.live: dict[int, SequenceBlocks] = {}
+        """Sequences that hold blocks."""
+        self.num_unused_slots = 0
+        """Slots of device blocks in use that hold no token, of one KV group."""
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
 
     @property
     def num_blocks(self) -> int:
-        return sum(pool.num_blocks for pool in self.pools)
+        return sum(device.num_blocks for device in self.devices)
 
     @property
     def num_free(self) -> int:
-        return sum(pool.num_free for pool in self.pools)
+        """Blocks that could be given out now, cached ones included."""
+        return sum(device.num_available() for device in self.devices)
 
     @property
     def num_used(self) -> int:
-        return sum(pool.num_used for pool in self.pools)
+        return sum(device.counts[State.USED] for device in self.devices)
 
     @property
-    def num_releasing(self) -> int:
-        return sum(pool.num_releasing for pool in self.pools)
+    def min_pool_blocks(self) -> int:
+        """Blocks of the smallest device pool."""
+        return min(device.num_blocks for device in self.devices)
 
     @property
     def capacity_tokens(self) -> int:
@@ -49,72 +87,239 @@ class BlockSpace:
         return self.min_pool_blocks * self.block_size
 
     @property
-    def min_pool_blocks(self) -> int:
-        """Blocks of the smallest pool."""
-        return min(pool.num_blocks for pool in self.pools)
-
-    @property
     def slots(self) -> tuple[int, int]:
-        """(slots that hold a token, slots of blocks in use), summed over the KV groups."""
-        return self._total_tokens * len(self.pools), self.num_used * self.block_size
+        """(slots that hold a token, slots of device blocks in use), summed over the KV groups."""
+        allocated = self.num_used * self.block_size
+        return allocated - self.num_unused_slots * len(self.devices), allocated
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def can_hold(self, num_tokens: list[int], *, watermark: int = 0, count_releasing: bool = False) -> Answer:
-        """Whether new sequences of these lengths fit: now, leaving `watermark` blocks free, or ever.
+    def answer(self, count: int, *, count_releasing: bool = False) -> Answer:
+        """Whether `count` blocks of every KV group can be had now (with `count_releasing`, once the results in flight
+        are in), later, or never."""
+        if self.has_room(count, count_releasing=count_releasing):
+            return Answer.OK
+        return Answer.LATER if count <= self.min_pool_blocks else Answer.NEVER
 
-        With `count_releasing`, blocks that become free with the results in flight count as free.
+    def has_room(self, count: int, *, count_releasing: bool = False) -> bool:
+        """Whether `count` blocks of every KV group can be had now, or once the results in flight are in."""
+        return all(count <= device.num_available(count_releasing=count_releasing) for device in self.devices)
+
+    # -- one sequence --------------------------------------------------------------------------------------------
+
+    def open(self, seq_id: int, *, root: bytes | None = None, priority: int = 0) -> SequenceBlocks:
+        """Empty tables for a sequence. `root`: what its prefix keys are chained to; None: it shares by forks alone."""
+        return SequenceBlocks(seq_id, [[] for _ in self.devices], root=root, priority=priority)
+
+    def extend_in_place(self, blocks: SequenceBlocks, num_tokens: int) -> bool:
+        """Fill slots that the sequence holds and that nobody else reads; False where `grow` is needed."""
+        if num_tokens > blocks.capacity or blocks.may_share_tail:
+            return False
+        self.num_unused_slots -= num_tokens - blocks.num_tokens
+        blocks.num_tokens = num_tokens
+        return True
+
+    def num_missing(self, members: list[tuple[SequenceBlocks, int]]) -> int:
+        """Blocks of every KV group that growing these sequences to these numbers of tokens takes, copies included."""
+        missing = 0
+        writers: dict[int, int] = {}
+        for blocks, num_tokens in members:
+            if num_tokens > blocks.capacity:
+                missing += self.blocks_for(num_tokens) - len(blocks.tables[0])
+            if blocks.may_share_tail and blocks.num_tokens < blocks.capacity:
+                tail = blocks.tables[0][-1]
+                writers[tail] = writers.get(tail, 0) + 1
+        for tail, count in writers.items():
+            # The last one to write has the block for itself.
+            pool = self.devices[0] if tail > 0 else self.hosts[0]
+            missing += min(count, pool.ref_counts[abs(tail)] - 1)
+        return missing
+
+    def grow(self, blocks: SequenceBlocks, num_tokens: int) -> tuple[list[list[int]], list[int]]:
+        """Make the tables hold `num_tokens`. Returns, per KV group, the blocks appended ([] for none in any) and the
+        block that took the place of a shared last one ([] for none)."""
+        copied = self._own_tail(blocks) if blocks.may_share_tail else []
+        missing = self.blocks_for(num_tokens) - len(blocks.tables[0])
+        new: list[list[int]] = []
+        if missing > 0:
+            new = [[device.allocate() for _ in range(missing)] for device in self.devices]
+            for table, block_ids in zip(blocks.tables, new, strict=True):
+                table.extend(block_ids)
+            blocks.capacity += missing * self.block_size
+            self.num_unused_slots += missing * self.block_size
+            self.live[blocks.seq_id] = blocks
+        self.num_unused_slots -= num_tokens - blocks.num_tokens
+        blocks.num_tokens = num_tokens
+        return new, copied
+
+    def fork(self, parent: SequenceBlocks, child: SequenceBlocks) -> None:
+        """Let `child`, which holds nothing, share all blocks of `parent`; the last one is copied when one of them
+        writes into it."""
+        if child.tables[0]:
+            raise KvartoError("a fork already holds blocks: a scheduler defect")
+        child.tables = [list(table) for table in parent.tables]
+        for device, host, table in zip(self.devices, self.hosts, child.tables, strict=True):
+            for entry in table:
+                if entry > 0:
+                    device.take(entry)
+                else:
+                    host.take(-entry)
+        child.num_tokens, child.capacity = parent.num_tokens, parent.capacity
+        child.root, child.keys, child.num_keyed = parent.root, list(parent.keys), parent.num_keyed
+        parent.may_share_tail = child.may_share_tail = parent.may_share_tail or parent.num_tokens < parent.capacity
+        if child.tables[0]:
+            self.live[child.seq_id] = child
+
+    def free(self, blocks: SequenceBlocks, *, busy_until: int) -> None:
+        """Give back all blocks of a sequence, which can be filled anew afterwards. `busy_until`: the last plan that
+        names it."""
+        for device, host, table in zip(self.devices, self.hosts, blocks.tables, strict=True):
+            is_tail = True
+            # From the end, so that of equally old blocks the beginnings of prompts are evicted last.
+            for entry in reversed(table):
+                if entry < 0:
+                    host.release(-entry, busy_until)
+                elif device.release(entry, busy_until) and is_tail and device is self.devices[0]:
+                    self.num_unused_slots -= blocks.capacity - blocks.num_tokens
+                is_tail = False
+            table.clear()
+        blocks.num_tokens = blocks.capacity = blocks.num_keyed = 0
+        blocks.may_share_tail = False
+        self.live.pop(blocks.seq_id, None)
+
+    # -- sharing by content --------------------------------------------------------------------------------------
+
+    def match(self, blocks: SequenceBlocks, token_ids: list[int]) -> Match:
+        """The cached blocks that `token_ids` begin with, in every KV group, leaving at least one token to compute."""
+        found: Match = []
+        if blocks.root is None:
+            return found
+        self.prefix_keys.extend(blocks.keys, blocks.root, token_ids, len(token_ids))
+        for key in blocks.keys[: (len(token_ids) - 1) // self.block_size]:
+            places = []
+            for group, (device, host) in enumerate(zip(self.devices, self.hosts, strict=True)):
+                place = device.find(key)
+                if place is None:
+                    place = host.find(key)
+                    if place is None or place in self.moves.written_hosts[group]:
+                        return found
+                    place = -place
+                places.append(place)
+            found.append(places)
+        return found
+
+    def num_to_take(self, match: Match) -> int:
+        """Available device blocks, of the tightest KV group, that attaching a match uses up."""
+        return max((sum(places[group] < 0 or device.states[places[group]] in (State.CACHED, State.EMPTIED)
+                        for places in match) for group, device in enumerate(self.devices)), default=0)
+
+    def attach(self, blocks: SequenceBlocks, match: Match) -> None:
+        """Begin the empty tables of a sequence with the blocks of a match."""
+        if not match:
+            return
+        for group, (device, host) in enumerate(zip(self.devices, self.hosts, strict=True)):
+            # All are taken before any is given out: an eviction must not take what is about to be used.
+            for places in match:
+                if (place := places[group]) > 0:
+                    device.take(place)
+                    device.count_hit(place)
+                else:
+                    host.take(-place)
+            for index, places in enumerate(match):
+                if (place := places[group]) < 0:
+                    places[group] = device.allocate()
+                    self.moves.swap_in(group, -place, places[group])
+                    device.register(places[group], blocks.keys[index], blocks.priority)
+                    host.release(-place, self.moves.step_id)
+            blocks.tables[group].extend(places[group] for places in match)
+        blocks.num_keyed = len(match)
+        blocks.num_tokens = blocks.capacity = len(match) * self.block_size
+        self.live[blocks.seq_id] = blocks
+
+    def offer(self, blocks: SequenceBlocks, token_ids: list[int]) -> None:
+        """Let others find the full blocks of a sequence whose tokens are known: `token_ids` and nothing else fill them.
+
+        Blocks that the plan being made fills count: whoever finds them reads them after that.
         """
-        needed = sum(self.blocks_for(count) for count in num_tokens)
-        if any(needed > pool.num_blocks for pool in self.pools):
-            return Answer.NEVER
-        if any(needed + watermark > pool.num_available(count_releasing) for pool in self.pools):
-            return Answer.LATER
-        return Answer.OK
+        num_full = min(blocks.num_tokens, len(token_ids)) // self.block_size
+        if blocks.root is None or num_full <= blocks.num_keyed:
+            return
+        self.prefix_keys.extend(blocks.keys, blocks.root, token_ids, num_full * self.block_size)
+        for group, table in enumerate(blocks.tables):
+            for index in range(blocks.num_keyed, num_full):
+                entry, pools = table[index], (self.devices, self.hosts)
+                if pools[entry < 0][group].keys[abs(entry)] is None:
+                    pools[entry < 0][group].register(abs(entry), blocks.keys[index], blocks.priority)
+        blocks.num_keyed = num_full
 
-    def can_grow(self, seq_id: int, num_tokens: int, *, count_releasing: bool = False) -> bool:
-        """Whether the tables of `seq_id` can be made to hold `num_tokens`; `count_releasing` as in `can_hold`."""
-        missing = self.blocks_for(num_tokens) - self._held(seq_id)
-        return all(missing <= pool.num_available(count_releasing) for pool in self.pools)
+    def disown_keys(self, blocks: SequenceBlocks) -> None:
+        """What nobody else holds is not to be found, in no tier: its contents may be wrong."""
+        for key in blocks.keys[: blocks.num_keyed]:
+            for pool in (*self.devices, *self.hosts):
+                block_id = pool.find(key)
+                if block_id is not None and pool.ref_counts[block_id] <= 1:
+                    pool.forget(block_id)
+            self.tiers.forget(key)
 
-    def grow(self, seq_id: int, num_tokens: int) -> list[list[int]]:
-        """Make the tables of `seq_id` hold `num_tokens`. Returns the blocks appended per KV group; [] for none."""
-        tables = self._tables.setdefault(seq_id, [[] for _ in self.pools])
-        self._total_tokens += num_tokens - self._num_tokens.get(seq_id, 0)
-        self._num_tokens[seq_id] = num_tokens
-        missing = self.blocks_for(num_tokens) - len(tables[0])
-        if missing <= 0:
-            return []
-        new = [pool.allocate(missing) for pool in self.pools]
-        for table, block_ids in zip(tables, new, strict=True):
-            table.extend(block_ids)
-        return new
+    # -- swapping ------------------------------------------------------------------------------------------------
 
-    def free(self, seq_id: int, *, busy_until: int | None) -> None:
-        """Give back all blocks of a sequence; those named by the plan in flight `busy_until` become releasing."""
-        self._total_tokens -= self._num_tokens.pop(seq_id, 0)
-        for pool, table in zip(self.pools, self._tables.pop(seq_id, ()), strict=False):
-            pool.free(table, busy_until=busy_until)
+    def num_to_swap_out(self, members: list[SequenceBlocks]) -> int | None:
+        """Blocks that swapping a sequence group out would move; None: the host has no room for it."""
+        return self._swapper.num_to_swap_out(members)
+
+    def swap_out(self, members: list[SequenceBlocks], *, busy_until: int) -> None:
+        """Move what the group alone holds to host memory; the plan being made may use the places."""
+        self.num_unused_slots -= self._unused(members)
+        self._swapper.swap_out(members, busy_until)
+
+    def num_to_swap_in(self, members: list[SequenceBlocks]) -> int:
+        """Device blocks, of the tightest KV group, that bringing a group back takes."""
+        return self._swapper.num_to_swap_in(members)
+
+    def swap_in(self, members: list[SequenceBlocks]) -> None:
+        """Bring a group back; `num_to_swap_in` blocks are there for it."""
+        self._swapper.swap_in(members)
+        self.num_unused_slots += self._unused(members)
+
+    # -- plans ---------------------------------------------------------------------------------------------------
+
+    def end_plan(self) -> list[BlockMoves]:
+        """The moves of the plan that was made, per KV group; [] for none."""
+        for device in self.devices:
+            device.end_plan(self.moves.step_id)
+        return self.moves.take()
 
     def step_done(self, step_id: int) -> None:
-        for pool in self.pools:
+        """The result of a plan is here: what was releasing until then can be given out."""
+        for pool in (*self.devices, *self.hosts):
             pool.step_done(step_id)
 
-    def block_tables(self, seq_id: int) -> list[list[int]]:
-        """The tables of one sequence, per KV group; not to be changed by the caller."""
-        return self._tables.get(seq_id, [[] for _ in self.pools])
-
     def check_integrity(self) -> None:
-        """Raises `AssertionError` unless every block is in exactly one state and every table is as long as it must be
-        (DESIGN invariants 1 and 2)."""
-        for index, pool in enumerate(self.pools):
-            pool.check_integrity([block_id for tables in self._tables.values() for block_id in tables[index]])
-        for seq_id, tables in self._tables.items():
-            for table in tables:
-                assert len(table) == self.blocks_for(self._num_tokens[seq_id]), f"table of sequence {seq_id}"
-        assert self._total_tokens == sum(self._num_tokens.values())
+        """Raises `AssertionError` where an invariant of DESIGN §3 does not hold."""
+        check_integrity(self)
 
-    def _held(self, seq_id: int) -> int:
-        tables = self._tables.get(seq_id)
-        return len(tables[0]) if tables else 0
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _own_tail(self, blocks: SequenceBlocks) -> list[int]:
+        blocks.may_share_tail = False
+        if blocks.num_tokens == blocks.capacity:
+            return []
+        tail = blocks.tables[0][-1]
+        if self.devices[0].ref_counts[tail] == 1:
+            return []
+        copied = []
+        for group, (device, table) in enumerate(zip(self.devices, blocks.tables, strict=True)):
+            source_id, table[-1] = table[-1], device.allocate()
+            self.moves.copy(group, source_id, table[-1])
+            device.touch(source_id, self.moves.step_id)
+            device.release(source_id)
+            copied.append(table[-1])
+        self.num_unused_slots += blocks.capacity - blocks.num_tokens
+        return copied
+
+    def _unused(self, members: list[SequenceBlocks]) -> int:
+        """Unused slots of the device blocks that a group's sequences end with, a shared one counted once."""
+        tails = {blocks.tables[0][-1]: blocks.capacity - blocks.num_tokens for blocks in members
+                 if blocks.tables[0] and blocks.num_tokens < blocks.capacity}
+        return sum(unused for tail, unused in tails.items() if tail > 0)

@@ -13,6 +13,10 @@ SHARE_OF_AVAILABLE = 0.5
 CPU_POOL_CAP_BYTES = 4 * 2**30
 """Of a rank on a CPU that was given no size: main memory belongs to others too."""
 
+CPU_SWAP_CAP_BYTES = 2**30
+"""Of a rank's host pool that was given no size: untouched pages cost nothing, touched ones are taken from others."""
+SWAP_SHARE_OF_AVAILABLE = 0.1
+
 
 def num_blocks(config: EngineConfig, ranks: list[RankReady], max_model_len: int, device: str) -> list[int]:
     """Usable blocks per KV group, the same on every rank: `num_blocks` if given, else what the tightest rank allows.
@@ -44,3 +48,42 @@ def num_blocks(config: EngineConfig, ranks: list[RankReady], max_model_len: int,
             f"no KV-cache block fits: a block takes {sum(ranks[0].block_bytes)} bytes a rank and {allowed} fit; free "
             "memory or set kv_cache_memory_bytes")
     return [count] * num_groups
+
+
+def num_host_blocks(
+    config: EngineConfig, ranks: list[RankReady], device_blocks: list[int], device: str
+) -> list[int]:
+    """Host blocks per KV group, the same on every rank: those of `swap_space_bytes`, by default no more than there are
+    device blocks. Raises `ResourcesError` when a given size is more memory than there is."""
+    ranks_per_node = Counter(rank.node for rank in ranks)
+    counts = []
+    for rank in ranks:
+        size, free = sum(rank.block_bytes), rank.available_host_bytes // ranks_per_node[rank.node]
+        if device == "cpu":
+            # The pool that stands for a device's is taken from the same memory.
+            free -= sum((n + 1) * b for n, b in zip(device_blocks, rank.block_bytes, strict=True))
+        if config.swap_space_bytes is not None:
+            if config.swap_space_bytes > free:
+                raise ResourcesError(f"swap_space_bytes={config.swap_space_bytes} is more than the {max(0, free)} bytes "
+                                     "of host memory that a rank may take: lower it")
+            counts.append(config.swap_space_bytes // size)
+        else:
+            counts.append(min(int(max(0, free) * SWAP_SHARE_OF_AVAILABLE), CPU_SWAP_CAP_BYTES) // size)
+    count = min(counts)
+    if config.swap_space_bytes is None:
+        count = min(count, *device_blocks)
+    elif config.swap_space_bytes and not count:
+        raise ResourcesError(f"swap_space_bytes={config.swap_space_bytes} holds no block: one takes "
+                             f"{max(sum(rank.block_bytes) for rank in ranks)} bytes")
+    return [count] * len(device_blocks)
+
+
+def num_disk_blocks(config: EngineConfig, ranks: list[RankReady]) -> int:
+    """Blocks of every KV group that the disk tier may hold; 0: there is none. Raises `ResourcesError` when the size
+    given holds no block."""
+    if config.kv_disk_path is None:
+        return 0
+    size = max(sum(rank.block_bytes) for rank in ranks)
+    if config.kv_disk_bytes < size:
+        raise ResourcesError(f"kv_disk_bytes={config.kv_disk_bytes} holds no block: one takes {size} bytes")
+    return config.kv_disk_bytes // size

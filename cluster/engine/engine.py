@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ...protos.errors import KvartoError, UnavailableError
@@ -10,7 +11,10 @@ from ...protos.step import StepResult
 from .. import admission
 from ..metrics import Metrics
 from ..scheduler import Scheduler
+from .accounting import Accounting
 from .transport import GroupFailedError, WorkerGroupLink
+
+logger = logging.getLogger(__name__)
 
 News = list[tuple[bytes, Delta]]
 """Deltas with the frontend that each is for."""
@@ -31,7 +35,9 @@ class Engine:
     def __init__(
         self, scheduler: Scheduler, link: WorkerGroupLink, info: EngineInfo, metrics: Metrics, *,
         async_scheduling: bool, step_timeout_s: float, check_integrity: bool = False,
+        block_bytes: list[int] | None = None,
     ) -> None:
+        """`block_bytes`: of one block of each KV group, over all ranks."""
         self.scheduler = scheduler
         self.link = link
         self.info = info
@@ -42,10 +48,7 @@ class Engine:
         self._in_flight: dict[int, float] = {}
         self.last_progress_s = 0.0
         self.last_step_id: int | None = None
-        # Sums over all steps: their ratio is the internal waste (DESIGN invariant 4).
-        self._slots_used = 0
-        self._slots_allocated = 0
-        self._num_steps = 0
+        self._accounting = Accounting(scheduler, block_bytes or [])
 
     @property
     def load(self) -> int:
@@ -71,10 +74,8 @@ class Engine:
                 break
             self._in_flight[plan.step_id] = now
             self.link.send(plan)
-            used, allocated = self.scheduler.space.slots
-            self._slots_used += used
-            self._slots_allocated += allocated
-            self._num_steps += 1
+            self._accounting.on_plan(plan)
+            self._log_preemptions()
             if self._check_integrity:
                 self.scheduler.space.check_integrity()
 
@@ -84,6 +85,8 @@ class Engine:
         for result in self.link.receive():
             news.extend(self._take(result, now))
         if not self._in_flight:
+            if self.scheduler.awaits_loads and now - self.last_progress_s > self._step_timeout_s:
+                raise GroupFailedError(f"a rank has not answered for its disk loads within {self._step_timeout_s:g} s")
             return
         # A plan that was sent ahead begins when the one before it ends.
         began_s = max(min(self._in_flight.values()), self.last_progress_s)
@@ -98,24 +101,37 @@ class Engine:
         return [(group.owner, error_delta(group.request.request_id, error)) for group in groups]
 
     def status(self, now: float) -> dict[str, Any]:
-        space = self.scheduler.space
         return {
             "epoch": self.info.epoch,
             "num_running": self.scheduler.num_running,
             "num_waiting": self.scheduler.num_waiting,
-            "num_preemptions": self.scheduler.num_preemptions,
-            "num_steps": self._num_steps,
-            "blocks": {"total": space.num_blocks, "free": space.num_free, "used": space.num_used,
-                       "releasing": space.num_releasing},
-            "slots_used": self._slots_used,
-            "slots_allocated": self._slots_allocated,
-            "kv_waste": 1 - self._slots_used / self._slots_allocated if self._slots_allocated else 0.0,
             "since_progress_s": now - self.last_progress_s if self.load else 0.0,
+            **self._accounting.status(),
         }
 
+    def block_map(self) -> dict[str, Any]:
+        """See `Accounting.block_map`."""
+        return self._accounting.block_map()
+
+    def _log_preemptions(self) -> None:
+        records = self.scheduler.preemptor.records
+        while records:
+            record = records.popleft()
+            logger.info(
+                "preempted request %s (%d blocks, %d tokens) by %s: swap estimated at %.1f ms, recompute at %.1f ms%s",
+                record.request_id, record.num_blocks, record.num_tokens, "swap" if record.swapped else "recompute",
+                record.choice.swap_s * 1e3, record.choice.recompute_s * 1e3,
+                "; the host has no room" if record.host_is_full and record.choice.swap else "")
+
     def _take(self, result: StepResult, now: float) -> News:
-        if result.epoch != self.info.epoch or result.step_id not in self._in_flight:
+        if result.epoch != self.info.epoch:
             return []
+        if result.rank != 0:
+            self.scheduler.answered(result)
+            return []
+        if result.step_id not in self._in_flight:
+            return []
+        self._accounting.on_result(result)
         self._metrics.step_seconds.observe(now - self._in_flight.pop(result.step_id))
         self.last_progress_s = now
         self.last_step_id = result.step_id

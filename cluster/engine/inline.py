@@ -46,10 +46,15 @@ class InlineWorkerGroup:
         if plan is None:
             return []
         try:
-            return [self._execute(plan)]
+            results = self._execute(plan)
         except Exception as error:
             logger.exception("step %d failed", plan.step_id)
             raise GroupFailedError(f"step {plan.step_id} failed: {error}") from error
+        if not any(moves.disk_loads for moves in plan.moves):
+            return results[:1]
+        return results[:1] + [
+            StepResult(epoch=plan.epoch, step_id=plan.step_id, rank=rank, failed_loads=result.failed_loads)
+            for rank, result in enumerate(results) if rank > 0]
 
     @property
     def connected(self) -> bool:
@@ -67,9 +72,9 @@ class InlineWorkerGroup:
         if self._threads is not None:
             self._threads.shutdown()
 
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _execute(self, plan: StepPlan) -> list[StepResult]:
         if self._threads is None:
-            return self._ranks[0].execute(plan)
+            return [self._ranks[0].execute(plan)]
 
         def execute(rank: Rank) -> StepResult:
             try:
@@ -78,8 +83,7 @@ class InlineWorkerGroup:
                 rank.close()
                 raise
 
-        result, *_ = self._threads.map(execute, self._ranks)
-        return result
+        return list(self._threads.map(execute, self._ranks))
 
 
 class InlineTransport:

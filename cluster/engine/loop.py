@@ -221,6 +221,8 @@ class EngineLoop:
     def _answer(self, what: str) -> dict[str, Any]:
         if what == "info":
             return {"info": [msgspec.to_builtins(info) for info in self.infos]}
+        if what == "blocks":
+            return {"groups": {str(index): engine.block_map() for index, engine in self._engines.items()}}
         groups = {index: engine.status(self._clock()) for index, engine in self._engines.items()}
         if what == "metrics":
             return {"text": self._metrics.render(groups)}

@@ -125,20 +125,24 @@ class AsyncLLM:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
+        cache_salt: str = "",
     ) -> RequestState:
-        """Check and submit a request; returns its chunks as an async iterator with `aclose()`, which cancels.
+        """Check and submit a request; returns its chunks as an async iterator with `aclose()`, which cancels. Prompts
+        share cached blocks only with prompts of the same `cache_salt`.
 
         Raises `InvalidRequestError`, `PromptTooLongError` or `UnavailableError` at the call, before anything is taken.
         """
-        _, token_ids = tokenize(prompt, self.tokenizer)
-        return self.submit(self.prepare(token_ids, params, request_id=request_id, priority=priority))
+        _, token_ids, salt = tokenize(prompt, self.tokenizer, cache_salt=cache_salt)
+        return self.submit(self.prepare(
+            token_ids, params, request_id=request_id, priority=priority, cache_salt=salt))
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
+        cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """The request's result as it grows: each item is the whole so far, the last one is `finished`."""
-        text, token_ids = tokenize(prompt, self.tokenizer)
-        request = self.prepare(token_ids, params, request_id=request_id, priority=priority)
+        text, token_ids, salt = tokenize(prompt, self.tokenizer, cache_salt=cache_salt)
+        request = self.prepare(token_ids, params, request_id=request_id, priority=priority, cache_salt=salt)
         output = empty_output(request.request_id, text, token_ids, params.n)
         state = self.submit(request)
         try:
@@ -150,17 +154,19 @@ class AsyncLLM:
 
     def prepare(
         self, token_ids: list[int], params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
+        cache_salt: str = "",
     ) -> AddRequest:
         """Check a request and give it an id and, where it is to be sampled at random, a seed. Takes nothing."""
+        admission.check_cache_salt(cache_salt)
         max_tokens = admission.check(token_ids, params, self.info)
         if params.max_tokens is None and len(token_ids) + max_tokens < self.info.max_model_len:
             self._report_clamp(max_tokens)
         changes: dict[str, Any] = {"max_tokens": max_tokens}
-        if params.seed is None and not params.greedy:
+        if params.seed is None and not params.greedy and params.beam_width is None:
             changes["seed"] = self._seeds.getrandbits(63)
         return AddRequest(
             request_id=request_id or uuid.uuid4().hex, prompt_token_ids=token_ids,
-            params=msgspec.structs.replace(params, **changes), priority=priority)
+            params=msgspec.structs.replace(params, **changes), priority=priority, cache_salt=cache_salt)
 
     def submit(self, request: AddRequest) -> RequestState:
         """Send what `prepare` made. Raises `UnavailableError` when there is nobody to send it to."""
@@ -170,13 +176,17 @@ class AsyncLLM:
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         state = RequestState(request, self.tokenizer, cancel=self._cancel, forget=self._forget)
-        self._client.connection.send(request)
+        self._client.connection.send(state.request)
         self._requests[request.request_id] = state
         return state
 
     async def status(self) -> dict[str, Any]:
         """The state of the whole application. Raises `UnavailableError`."""
         return await self._client.query("status") | {"info": msgspec.to_builtins(self.info)}
+
+    async def blocks(self) -> dict[str, Any]:
+        """The block map of every worker group (`block_space/block_map.py`). Raises `UnavailableError`."""
+        return await self._client.query("blocks")
 
     async def metrics(self) -> str:
         """Prometheus' text format. Raises `UnavailableError`."""

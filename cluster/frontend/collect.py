@@ -15,8 +15,12 @@ def add_chunk(output: RequestOutput, chunk: StreamChunk, tokenizer: Tokenizer) -
     completion.finish_reason = chunk.finish_reason
     completion.stop_reason = chunk.stop_reason
     output.num_cached_tokens = max(output.num_cached_tokens, chunk.num_cached_tokens)
+    completion.beam_score = chunk.beam_score
     if chunk.logprobs:
         completion.logprobs = (completion.logprobs or []) + [_by_token(entry, tokenizer) for entry in chunk.logprobs]
+    if chunk.cumulative_logprob is not None:
+        completion.cumulative_logprob = chunk.cumulative_logprob
+    elif chunk.logprobs:
         completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + sum(e.logprob for e in chunk.logprobs)
     if chunk.prompt_logprobs and output.prompt_logprobs is None:
         output.prompt_logprobs = [None, *(_by_token(entry, tokenizer) for entry in chunk.prompt_logprobs)]

@@ -22,3 +22,9 @@ def generation_defaults(model_path: str) -> dict[str, Any]:
     except ValueError as error:
         raise ModelLoadError(f"{file} is not valid JSON: {error}") from None
     return {name: values[name] for name in _NAMES if values.get(name) is not None}
+
+
+def with_defaults(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters: those `given`, and of `defaults` the others. A beam search, which draws nothing, has no use
+    for recommendations of how to draw."""
+    return given if given.get("beam_width") is not None else defaults | given

@@ -72,6 +72,10 @@ class LLM:
         """The engine's own accounting: requests, blocks, steps, preemptions."""
         return self._loop.run(self._frontend.status())
 
+    def blocks(self) -> dict[str, Any]:
+        """The block map: every block's state, and the block tables of every sequence."""
+        return self._loop.run(self._frontend.blocks())
+
     @property
     def tokenizer(self) -> Any:
         return self._frontend.tokenizer
@@ -95,8 +99,8 @@ class LLM:
         requests: list[tuple[AddRequest, RequestOutput]] = []
         for place, (prompt, param, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
             try:
-                text, token_ids = tokenize(prompt, frontend.tokenizer)
-                request = frontend.prepare(token_ids, param, priority=priority)
+                text, token_ids, cache_salt = tokenize(prompt, frontend.tokenizer)
+                request = frontend.prepare(token_ids, param, priority=priority, cache_salt=cache_salt)
             except InvalidRequestError as error:
                 if len(prompts) > 1:
                     raise type(error)(f"prompt {place}: {error.message}", param=error.param) from None

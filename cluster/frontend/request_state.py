@@ -6,16 +6,19 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from ...protos.errors import KvartoError, error_from_name
 from ...protos.request import AddRequest, Delta
 from ..outputs import StreamChunk
 from ..text.detokenizer import IncrementalDetokenizer
 from ..text.stop_strings import StopMatcher
 from ..text.tokenizer import Tokenizer
+from .best_of import BestOf
 
 
 class _SequenceState:
-    """One of the request's `n` sequences."""
+    """One of the request's sequences."""
 
     def __init__(self, request: AddRequest, tokenizer: Tokenizer) -> None:
         params = request.params
@@ -59,15 +62,22 @@ class RequestState:
     """A request between its submission and its last chunk. An async iterator of `StreamChunk`.
 
     `cancel(request_id, seq_index)` tells the Head that a sequence, or with None the whole request, is not wanted any
-    more. `forget` is called once, when nothing more will come.
+    more. `forget` is called once, when nothing more will come. `request` is what the Head is to be sent: with
+    `best_of` above `n` it asks for log probabilities also where the user has not.
     """
 
     def __init__(
         self, request: AddRequest, tokenizer: Tokenizer, *, cancel: Callable[[str, int | None], None],
         forget: Callable[[str], None],
     ) -> None:
-        self.request = request
-        self._sequences = [_SequenceState(request, tokenizer) for _ in range(request.params.n)]
+        params = request.params
+        self._best_of = BestOf(params) if BestOf.is_asked(params) else None
+        self.request = (
+            request if self._best_of is None
+            else msgspec.structs.replace(request, params=self._best_of.engine_params))
+        # A beam search says nothing of its beams until the best `n` are chosen.
+        num_sequences = params.num_sequences if params.beam_width is None else params.n
+        self._sequences = [_SequenceState(request, tokenizer) for _ in range(num_sequences)]
         self._chunks: deque[StreamChunk] = deque()
         self._news = asyncio.Event()
         self._error: KvartoError | None = None
@@ -100,15 +110,22 @@ class RequestState:
             index=delta.seq_index, text=text, token_ids=token_ids[:count],
             logprobs=delta.logprobs[repeated: repeated + count],
             prompt_logprobs=delta.prompt_logprobs or None, finish_reason=delta.finish_reason,
-            stop_reason=delta.stop_reason, num_cached_tokens=delta.num_cached_tokens)
+            stop_reason=delta.stop_reason, num_cached_tokens=delta.num_cached_tokens,
+            cumulative_logprob=delta.cumulative_logprob, beam_score=delta.beam_score)
         if matched is not None:
             if delta.finish_reason is None:
                 self._cancel(self.request.request_id, delta.seq_index)
             chunk.finish_reason, chunk.stop_reason = "stop", matched
         sequence.finished = chunk.finish_reason is not None
-        self._chunks.append(chunk)
+        is_over = all(s.finished for s in self._sequences)
+        if self._best_of is None:
+            self._chunks.append(chunk)
+        else:
+            self._best_of.keep(chunk)
+            if is_over:
+                self._chunks.extend(self._best_of.ranked())
         self._news.set()
-        if all(s.finished for s in self._sequences):
+        if is_over:
             self._end()
 
     def fail(self, error: KvartoError) -> None:

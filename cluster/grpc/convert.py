@@ -9,11 +9,11 @@ from ...protos import inference_pb2 as pb
 from ...protos.errors import InvalidRequestError
 from ...protos.sampling import SamplingParams
 from ...protos.step import TokenLogprobs
+from ..frontend.generation_defaults import with_defaults
 from ..frontend_protocol import Tokenizer
 from ..http.prompts import Prompt, chat_prompt, text_prompt
 from ..outputs import StreamChunk
 
-_CONTAINERS: dict[str, Callable[[Any], Any]] = {"logit_bias": dict, "stop": list, "stop_token_ids": list}
 _ROLES = ("system", "user", "assistant")
 _FINISH = {None: pb.FINISH_REASON_UNSPECIFIED, "stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
@@ -47,13 +47,23 @@ def _messages(messages: Iterable[pb.ChatMessage]) -> list[dict[str, Any]]:
 
 def params_of(request: pb.GenerateRequest, defaults: dict[str, Any]) -> SamplingParams:
     """Sampling parameters: what the request sets, else `defaults`, else those of `SamplingParams`."""
-    values = dict(defaults)
-    if request.WhichOneof("prompt") == "chat":
-        values["max_tokens"] = None
+    values: dict[str, Any] = {"max_tokens": None} if request.WhichOneof("prompt") == "chat" else {}
     # The message names its fields as SamplingParams does, and lists only those that were set.
     for field, value in request.sampling.ListFields():
-        values[field.name] = _CONTAINERS[field.name](value) if field.name in _CONTAINERS else value
-    return SamplingParams(**values)
+        values[field.name] = _CONVERTED[field.name](value) if field.name in _CONVERTED else value
+    return SamplingParams(**with_defaults(values, defaults))
+
+
+def _early_stopping(value: int) -> bool | str:
+    if value not in _EARLY_STOPPING:
+        raise InvalidRequestError(f"early_stopping has no value {value}", param="early_stopping")
+    return _EARLY_STOPPING[value]
+
+
+_EARLY_STOPPING: dict[int, bool | str] = {
+    pb.EARLY_STOPPING_FALSE: False, pb.EARLY_STOPPING_TRUE: True, pb.EARLY_STOPPING_NEVER: "never"}
+_CONVERTED: dict[str, Callable[[Any], Any]] = {
+    "logit_bias": dict, "stop": list, "stop_token_ids": list, "early_stopping": _early_stopping}
 
 
 def response_of(request_id: str, chunk: StreamChunk) -> pb.GenerateResponse:
@@ -61,7 +71,8 @@ def response_of(request_id: str, chunk: StreamChunk) -> pb.GenerateResponse:
     response = pb.GenerateResponse(
         request_id=request_id, index=chunk.index, text=chunk.text, token_ids=chunk.token_ids,
         logprobs=_logprobs(chunk.logprobs), prompt_logprobs=_logprobs(chunk.prompt_logprobs or ()),
-        finish_reason=_FINISH[chunk.finish_reason])
+        finish_reason=_FINISH[chunk.finish_reason], cumulative_logprob=chunk.cumulative_logprob,
+        beam_score=chunk.beam_score, num_cached_tokens=chunk.num_cached_tokens)
     if isinstance(chunk.stop_reason, str):
         response.stop_string = chunk.stop_reason
     elif chunk.stop_reason is not None:

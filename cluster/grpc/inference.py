@@ -45,12 +45,12 @@ class Inference(InferenceServicer):
         prompt = await prompt_of(request, self._frontend.tokenizer)
         engine_id = "-".join(filter(None, ("grpc", request.request_id[:_NAME_CHARS], uuid4().hex)))
         stream = self._frontend.stream(
-            prompt.token_ids, params, request_id=engine_id, priority=request.priority)
+            prompt.token_ids, params, request_id=engine_id, priority=request.priority, cache_salt=request.cache_salt)
         usage = pb.Usage(prompt_tokens=len(prompt.token_ids))
         num_running = params.n
         async with aclosing(stream):
             async for chunk in stream:
-                usage.completion_tokens += len(chunk.token_ids)
+                usage.completion_tokens += len(chunk.token_ids) + chunk.num_dropped_tokens
                 usage.cached_tokens = max(usage.cached_tokens, chunk.num_cached_tokens)
                 num_running -= chunk.finish_reason is not None
                 response = response_of(request.request_id or engine_id, chunk)

@@ -66,6 +66,10 @@ def _v1(source: FrontendSource, config: ServeConfig) -> APIRouter:
     async def status() -> Response:
         return JSONResponse(await (await source.get()).status())
 
+    @router.get("/blocks")
+    async def blocks() -> Response:
+        return JSONResponse(await (await source.get()).blocks())
+
     return router
 
 

@@ -45,7 +45,7 @@ async def chat(request: Request, frontend: Frontend) -> Response:
     prompt = await chat_prompt(
         message_dicts(body.messages), frontend.tokenizer, add_generation_prompt=body.add_generation_prompt is not False,
         add_special_tokens=bool(body.add_special_tokens), template_kwargs=body.chat_template_kwargs)
-    job = Job(f"chatcmpl-{uuid4().hex}", [prompt], params, body.priority or 0)
+    job = Job(f"chatcmpl-{uuid4().hex}", [prompt], params, body.priority or 0, body.cache_salt or "")
     return await answer(request, frontend, job, _ChatStyle(job, body, frontend, model), body)
 
 

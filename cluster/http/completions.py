@@ -33,7 +33,7 @@ async def complete(request: Request, frontend: Frontend) -> Response:
     model = check_model(body.model, frontend.config)
     params = completion_sampling(body, frontend.default_sampling)
     prompts = await completion_prompts(body, frontend.tokenizer)
-    job = Job(f"cmpl-{uuid4().hex}", prompts, params, body.priority or 0)
+    job = Job(f"cmpl-{uuid4().hex}", prompts, params, body.priority or 0, body.cache_salt or "")
     return await answer(request, frontend, job, _CompletionStyle(job, body, frontend, model), body)
 
 

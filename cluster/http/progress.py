@@ -58,7 +58,7 @@ class Progress:
         choice = self._choices.get(index)
         if choice is None:
             choice = self._choices[index] = Choice(index, prompt)
-        self._num_tokens += len(chunk.token_ids)
+        self._num_tokens += len(chunk.token_ids) + chunk.num_dropped_tokens
         prompt.num_cached_tokens = max(prompt.num_cached_tokens, chunk.num_cached_tokens)
         if chunk.prompt_logprobs:
             prompt.logprobs = chunk.prompt_logprobs

@@ -6,6 +6,8 @@ from typing import Any
 
 from ...protos.errors import InvalidRequestError
 from ...protos.sampling import MAX_LOGPROBS, SamplingParams
+from ..frontend.best_of import BestOf
+from ..frontend.generation_defaults import with_defaults
 from .schemas import ChatBody, CompletionBody, GenerateBody
 
 _SHARED = frozenset(SamplingParams.__struct_fields__) & frozenset(GenerateBody.__struct_fields__)
@@ -16,8 +18,6 @@ def completion_sampling(body: CompletionBody, defaults: dict[str, Any]) -> Sampl
     params = _shared(body, defaults)
     if body.suffix:
         raise InvalidRequestError("suffix is not supported by this server", param="suffix")
-    if body.best_of is not None and body.best_of != (1 if body.n is None else body.n):
-        raise InvalidRequestError("best_of other than n is not supported by this server", param="best_of")
     if body.logprobs is not None:
         params["logprobs"] = body.logprobs
         if body.echo:
@@ -26,7 +26,7 @@ def completion_sampling(body: CompletionBody, defaults: dict[str, Any]) -> Sampl
         raise InvalidRequestError(
             "logprobs of the prompt (prompt_logprobs, or echo with logprobs) are not streamed: set stream=false",
             param="prompt_logprobs" if body.prompt_logprobs is not None else "echo")
-    return SamplingParams(**params)
+    return _checked(body, params)
 
 
 def chat_sampling(body: ChatBody, defaults: dict[str, Any]) -> SamplingParams:
@@ -46,14 +46,37 @@ def chat_sampling(body: ChatBody, defaults: dict[str, Any]) -> SamplingParams:
         params["logprobs"] = body.top_logprobs or 0
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequestError("prompt_logprobs are not streamed: set stream=false", param="prompt_logprobs")
-    return SamplingParams(**params)
+    return _checked(body, params)
 
 
 def _shared(body: GenerateBody, defaults: dict[str, Any]) -> dict[str, Any]:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream=true", param="stream_options")
     sent = {name: value for name in _SHARED if (value := getattr(body, name)) is not None}
-    return defaults | sent
+    if body.use_beam_search:
+        _name_beam_width(sent)
+    return with_defaults(sent, defaults)
+
+
+def _name_beam_width(sent: dict[str, Any]) -> None:
+    """vLLM's former way to ask for a beam search: of `best_of` beams, the `n` best."""
+    if "beam_width" in sent:
+        raise InvalidRequestError("use_beam_search and beam_width mean the same: send one of them",
+                                  param="use_beam_search")
+    beam_width = sent.pop("best_of", sent.get("n", 1))
+    if beam_width == 1:
+        raise InvalidRequestError(
+            "use_beam_search needs a best_of, or an n, above 1: the number of beams", param="use_beam_search")
+    sent["beam_width"] = beam_width
+
+
+def _checked(body: GenerateBody, values: dict[str, Any]) -> SamplingParams:
+    params = SamplingParams(**values)
+    if body.stream and BestOf.is_asked(params):
+        raise InvalidRequestError(
+            f"best_of ({params.best_of}) above n ({params.n}) is not streamed, since all completions must end before "
+            "the best are known: set stream=false", param="best_of")
+    return params
 
 
 def _refuse_tools(body: ChatBody) -> None:

@@ -49,6 +49,14 @@ class GenerateBody(Struct, kw_only=True, forbid_unknown_fields=True):
     prompt_logprobs: int | None = None
     add_special_tokens: bool | None = None
     priority: Int32 | None = None
+    best_of: int | None = None
+    beam_width: int | None = None
+    use_beam_search: bool | None = None
+    """vLLM's former name of a beam search: true means a `beam_width` of `best_of`, or of `n`."""
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    cache_salt: str | None = None
+    """The prompt shares cached blocks only with prompts of the same salt."""
 
     user: str | None = None
     """A label for the client's own books, with no effect here; so are the next three."""
@@ -63,7 +71,6 @@ class CompletionBody(GenerateBody, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
     logprobs: int | None = None
-    best_of: int | None = None
     suffix: str | None = None
 
 

@@ -26,6 +26,7 @@ class Job:
     prompts: list[Prompt]
     params: SamplingParams
     priority: int = 0
+    cache_salt: str = ""
 
 
 @asynccontextmanager
@@ -37,7 +38,8 @@ async def opened(frontend: Frontend, job: Job) -> AsyncIterator[AsyncIterator[Ba
         streams = []
         for place, prompt in enumerate(job.prompts):
             request_id = f"{job.request_id}-{place}" if len(job.prompts) > 1 else job.request_id
-            stream = frontend.stream(prompt.token_ids, job.params, request_id=request_id, priority=job.priority)
+            stream = frontend.stream(
+                prompt.token_ids, job.params, request_id=request_id, priority=job.priority, cache_salt=job.cache_salt)
             stack.push_async_callback(stream.aclose)
             streams.append(stream)
         batches = _single(streams[0]) if len(streams) == 1 else _merged(streams)

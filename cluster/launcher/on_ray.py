@@ -39,9 +39,9 @@ class PlacedGroup:
     def identities(self) -> list[bytes]:
         return [rank_identity(self.epoch, rank) for rank in range(len(self.actors))]
 
-    def run(self, blocks: list[int], endpoint: Endpoint) -> None:
+    def run(self, blocks: list[int], host_blocks: list[int], endpoint: Endpoint) -> None:
         """Let the ranks allocate their pools and connect to the Head."""
-        self.run_refs = [actor.run.remote(blocks, endpoint) for actor in self.actors]
+        self.run_refs = [actor.run.remote(blocks, host_blocks, endpoint) for actor in self.actors]
 
     def dead_rank(self, timeout_s: float) -> str | None:
         """Which rank has ended and why, waiting up to `timeout_s` for one to; None: all live."""

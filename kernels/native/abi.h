@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define KVARTO_ABI_VERSION 1
+#define KVARTO_ABI_VERSION 2
 
 enum KvartoDtype : int32_t { KVARTO_F32 = 0, KVARTO_BF16 = 1, KVARTO_F16 = 2, KVARTO_NUM_DTYPES = 3 };
 
@@ -16,6 +16,7 @@ enum KvartoStatus : int32_t {
   KVARTO_BAD_KV_LEN = 3,           // detail: the sequence
   KVARTO_BAD_BLOCK_ID = 4,         // detail: the sequence
   KVARTO_BAD_SLOT = 5,             // detail: the token
+  KVARTO_BAD_BLOCK_PAIR = 6,       // detail: the pair
 };
 
 // cache: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous.
@@ -45,6 +46,17 @@ struct KvartoLinear {
   void* out;          // [m, n] of x_dtype, contiguous
   int64_t m, n, k, x_stride;
   int32_t x_dtype, weight_dtype, isa, num_threads;
+};
+
+// Blocks of block_bytes bytes, strides in bytes from one block to the next.
+struct KvartoBlockCopy {
+  const void* source;
+  void* destination;
+  const int64_t* pairs;  // [num_pairs, 2]: block of source, block of destination
+  int64_t num_pairs, block_bytes;
+  int64_t num_source_blocks, num_destination_blocks;
+  int64_t source_stride, destination_stride;
+  int32_t num_threads;
 };
 
 namespace kvarto {

@@ -15,7 +15,7 @@ import torch  # noqa: F401
 if TYPE_CHECKING:
     from ctypes import _Pointer
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
@@ -72,6 +72,21 @@ class NativeLinear(ctypes.Structure):
     ]
 
 
+class NativeBlockCopy(ctypes.Structure):
+    _fields_ = [
+        ("source", c_void_p),
+        ("destination", c_void_p),
+        ("pairs", c_void_p),
+        ("num_pairs", c_int64),
+        ("block_bytes", c_int64),
+        ("num_source_blocks", c_int64),
+        ("num_destination_blocks", c_int64),
+        ("source_stride", c_int64),
+        ("destination_stride", c_int64),
+        ("num_threads", c_int32),
+    ]
+
+
 class NativeLibrary:
     """The library's functions, typed, and the instruction sets that it and this processor share.
 
@@ -83,6 +98,8 @@ class NativeLibrary:
         self.write_kv = library.kvarto_write_kv
         self.write_kv.argtypes = [POINTER(NativeCache), c_void_p, c_void_p, c_void_p]
         self.write_kv.argtypes += [c_int64, c_int64, c_int64, c_int64, c_int32, c_int32, detail]
+        self.copy_blocks = library.kvarto_copy_blocks
+        self.copy_blocks.argtypes = [POINTER(NativeBlockCopy), detail]
         self.paged_attention = library.kvarto_paged_attention
         self.paged_attention.argtypes = [POINTER(NativeAttention), detail]
         self.linear = library.kvarto_linear

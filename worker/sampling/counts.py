@@ -13,7 +13,8 @@ class TokenCounts:
     """
 
     def __init__(
-        self, token_ids: list[int], num_prompt_tokens: int, *, with_prompt: bool, vocab_start: int, local_vocab: int,
+        self, token_ids: list[int] | NDArray[np.int32], num_prompt_tokens: int, *, with_prompt: bool, vocab_start: int,
+        local_vocab: int,
     ) -> None:
         self._start = vocab_start
         self._end = vocab_start + local_vocab

@@ -27,31 +27,19 @@ def gather_logprobs(
     Raises `NonFiniteLogitsError`, and `ValueError` for a token that no rank holds, on every rank alike.
     """
     # logits: [P, V] float32
-    most = max(num_top)
     own = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
-    best, top, masses = _local(logits, vocab_start, most)
     column = own - vocab_start
     held = (column >= 0) & (column < logits.shape[1])
     value = logits.gather(1, column.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
     own_keys = torch.where(held, keys.encode(value, own), keys.PAD)
-    # [world_size, P, 3 + most]
-    gathered = comm.all_gather_rows(
-        torch.cat([torch.stack([best, masses.view(torch.int64), own_keys], dim=1), top], dim=1)).cpu().numpy()
-
-    maxima = keys.logits_of(gathered[:, :, 0])
-    highest = maxima.max(axis=0)
-    bad = np.flatnonzero(~np.isfinite(highest))
-    if len(bad):
-        raise NonFiniteLogitsError(bad.tolist())
-    own_gathered = gathered[:, :, 2].max(axis=0)
+    gathered, log_total = _exchange(comm, logits, vocab_start, max(num_top), own_keys)
+    own_gathered = gathered[:, :, 0].max(axis=0)
     unknown = [token_ids[i] for i in np.flatnonzero(own_gathered == keys.PAD)]
     if unknown:
         raise ValueError(f"token ids {unknown} are not in the vocabulary")
-    slice_masses = np.ascontiguousarray(gathered[:, :, 1]).view(np.float64)
-    log_total = highest + np.log((slice_masses * np.exp2((maxima - highest) * _LOG2_E)).sum(axis=0))
 
     ahead = comm.all_gather_rows(_tokens_ahead(logits, vocab_start, own_gathered, own)).cpu().numpy().sum(axis=0)
-    ranked = keys.sorted_keys(gathered[:, :, 3:])
+    ranked = keys.sorted_keys(gathered[:, :, 1:])
     top_ids = keys.token_ids_of(ranked)
     top_logprobs = keys.logits_of(ranked) - log_total[:, None]
     own_logprobs = keys.logits_of(own_gathered) - log_total
@@ -62,13 +50,44 @@ def gather_logprobs(
     ]
 
 
-def _local(logits: torch.Tensor, vocab_start: int, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of this slice: best key `[P]`, top keys `[P, most]`, and mass `[P]` float64 relative to the best."""
+def gather_likeliest(
+    comm: Gather, logits: torch.Tensor, vocab_start: int, counts: list[int],
+) -> list[tuple[list[int], list[float]]]:
+    """Per row the ids of the `counts[i]` likeliest tokens, best first, and their log probabilities; fewer where the
+    vocabulary ends or a logit is -inf. One collective. Raises `NonFiniteLogitsError` on every rank alike."""
+    # logits: [P, V] float32
+    gathered, log_total = _exchange(comm, logits, vocab_start, max(counts))
+    ranked = keys.sorted_keys(gathered)
+    num_held = (ranked != keys.PAD).sum(axis=1)
+    token_ids = keys.token_ids_of(ranked)
+    logprobs = keys.logits_of(ranked) - log_total[:, None]
+    kept = np.minimum(num_held, counts)
+    return [(token_ids[i, :num].tolist(), logprobs[i, :num].tolist()) for i, num in enumerate(kept)]
+
+
+def _exchange(
+    comm: Gather, logits: torch.Tensor, vocab_start: int, most: int, *others: torch.Tensor,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Of every rank the `others` (`[P]` int64 each) and then the keys of its best `most` tokens, `[world_size, P,
+    len(others) + most]`, and the logarithm of each row's total likelihood, `[P]`. One collective."""
     # logits: [P, V]
     maxima = block_maxima(logits)
     scales = torch.full((len(logits),), float(_LOG2_E), device=logits.device)
+    # Of this slice, relative to its best.
     masses = block_weights(logits, maxima.amax(1), scales).sum(1)
-    return best_keys(logits, maxima, vocab_start), top_keys(logits, maxima, vocab_start, most), masses
+    best = best_keys(logits, maxima, vocab_start)
+    gathered = comm.all_gather_rows(torch.cat(
+        [torch.stack([best, masses.view(torch.int64), *others], dim=1), top_keys(logits, maxima, vocab_start, most)],
+        dim=1)).cpu().numpy()
+
+    slice_maxima = keys.logits_of(gathered[:, :, 0])
+    highest = slice_maxima.max(axis=0)
+    bad = np.flatnonzero(~np.isfinite(highest))
+    if len(bad):
+        raise NonFiniteLogitsError(bad.tolist())
+    slice_masses = np.ascontiguousarray(gathered[:, :, 1]).view(np.float64)
+    log_total = highest + np.log((slice_masses * np.exp2((slice_maxima - highest) * _LOG2_E)).sum(axis=0))
+    return gathered[:, :, 2:], log_total
 
 
 def _tokens_ahead(

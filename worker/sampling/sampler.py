@@ -24,7 +24,7 @@ from .candidates import CANDIDATES, draw_from_candidates
 from .edits import apply_edits
 from .errors import NonFiniteLogitsError
 from .gather import Gather
-from .logprobs import gather_logprobs
+from .logprobs import gather_likeliest, gather_logprobs
 from .open_rows import draw_open
 from .state import SamplingState
 from .weights import block_weights
@@ -57,7 +57,7 @@ class Sampler:
         params: SamplingParams,
         *,
         seq_index: int,
-        token_ids: list[int],
+        token_ids: list[int] | NDArray[np.int32],
         num_prompt_tokens: int,
         eos_token_ids: Iterable[int],
     ) -> SamplingState:
@@ -105,6 +105,16 @@ class Sampler:
         if not target_ids:
             return []
         return gather_logprobs(self._comm, logits, self._start, target_ids, [num_top] * len(target_ids))
+
+    def likeliest(self, logits: torch.Tensor, counts: list[int]) -> list[tuple[list[int], list[float]]]:
+        """Of each row the ids of the `counts[i]` likeliest tokens, best first, and their log probabilities; fewer only
+        where no more are possible. One collective, none if there is no row.
+
+        `logits` `[R, local_vocab]` float32, unchanged. Raises `NonFiniteLogitsError`, and `ValueError` for a wrong
+        shape.
+        """
+        self._check(logits, len(counts), "counts")
+        return gather_likeliest(self._comm, logits, self._start, counts) if counts else []
 
     def _check(self, logits: torch.Tensor, num_rows: int, what: str) -> None:
         if logits.dtype != torch.float32 or logits.shape != (num_rows, self._local_vocab):

@@ -27,13 +27,13 @@ class SamplingState:
         params: SamplingParams,
         *,
         seq_index: int,
-        token_ids: list[int],
+        token_ids: list[int] | NDArray[np.int32],
         num_prompt_tokens: int,
         eos_token_ids: Iterable[int],
         vocab_start: int,
         local_vocab: int,
     ) -> None:
-        """`token_ids`: the prompt, then what was generated so far.
+        """`token_ids`: the prompt, then what was generated so far; read now and not kept.
 
         Raises `InvalidRequestError` if tokens are to be drawn at random and `params.seed` is None: a seed that is
         chosen here would not survive a recovery.

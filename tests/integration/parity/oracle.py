@@ -32,6 +32,12 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Beam:
+    token_ids: tuple[int, ...]
+    score: float
+
+
+@dataclass(frozen=True)
 class Difference:
     """A generated token that is not the oracle's, given the same tokens before it."""
 
@@ -98,6 +104,22 @@ class Oracle:
         if key not in self._differences:
             self._differences[key] = self._compare(prompt, ours)
         return self._differences[key]
+
+    @torch.inference_mode()
+    def beams(self, prompt: Prompt, width: int, num_tokens: int, end_token: int | None, **options: Any) -> list[Beam]:
+        """What beam search in float32 finds, best first. `end_token` ends a beam; `options` are `generate`'s own."""
+        token_ids = torch.tensor([prompt.token_ids])
+        output = self._model(torch.float32).generate(
+            token_ids, attention_mask=torch.ones_like(token_ids), do_sample=False, num_beams=width,
+            num_return_sequences=width, max_new_tokens=num_tokens, eos_token_id=end_token, pad_token_id=0,
+            return_dict_in_generate=True, output_scores=True, **options)
+        found = []
+        for tokens, score in zip(output.sequences.tolist(), output.sequences_scores.tolist(), strict=True):
+            new = tokens[len(prompt.token_ids):]
+            if end_token in new:
+                new = new[: new.index(end_token) + 1]
+            found.append(Beam(tuple(new), score))
+        return found
 
     @torch.inference_mode()
     def logits64(self, token_ids: list[int], num_rows: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ memory_model = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(memory_model)
 
 BLOCK_SIZE = 8
+BLOCK_BYTES = 1000
 STEP_TIMEOUT_S = 120.0
 
 
@@ -62,10 +63,8 @@ class FakeTransport:
 class FakeLink:
     """Ranks that execute a plan when `step` is called. `send_error` and `receive_error` are raised once set."""
 
-    max_in_flight = 2
-
-    def __init__(self, log, num_blocks):
-        self.rank = memory_model.MemoryModelRank(BLOCK_SIZE, num_blocks)
+    def __init__(self, log, num_blocks, num_host_blocks):
+        self.rank = memory_model.MemoryModelRank(BLOCK_SIZE, num_blocks, num_host_blocks)
         self.log, self.plans, self.results = log, deque(), []
         self.connected, self.has_result, self.closed, self.num_leases = True, False, False, 0
         self.send_error = self.receive_error = None
@@ -90,17 +89,19 @@ class FakeLink:
 
     def step(self):
         """Let the ranks end the oldest plan that they have."""
-        self.results.append(self.rank.execute(self.plans.popleft()))
+        self.results.extend(self.rank.execute(self.plans.popleft()))
 
 
 class World:
     """A loop with `num_groups` worker groups that have joined."""
 
-    def __init__(self, num_groups=1, *, num_blocks=64, max_num_seqs=8, budget=64):
+    def __init__(self, num_groups=1, *, num_blocks=64, num_host_blocks=0, caching=False, max_num_seqs=8, budget=64,
+                 max_in_flight=2):
         self.clock, self.log, self.failed = Clock(), [], []
         self.transport = FakeTransport(self.log)
         self.metrics = Metrics()
-        self.num_blocks, self.limits = num_blocks, SchedulerLimits(max_num_seqs, budget)
+        self.num_blocks, self.num_host_blocks, self.caching = num_blocks, num_host_blocks, caching
+        self.limits, self.max_in_flight = SchedulerLimits(max_num_seqs, budget), max_in_flight
         self.loop = EngineLoop(
             self.transport, self.metrics, on_group_failed=lambda *args: self.failed.append(args), clock=self.clock)
         self.engines, self.links = [], []
@@ -110,13 +111,15 @@ class World:
 
     def join(self, index, *, connected=True, on_ready=lambda: None):
         epoch = len(self.engines) + 1
-        link = FakeLink(self.log, self.num_blocks)
-        link.connected = connected
-        space = BlockSpace([KVGroupSpec(layer_ids=(0,))], [self.num_blocks], BLOCK_SIZE)
+        link = FakeLink(self.log, self.num_blocks, self.num_host_blocks)
+        link.connected, link.max_in_flight = connected, self.max_in_flight
+        space = BlockSpace(
+            [KVGroupSpec(layer_ids=(0,))], [self.num_blocks], BLOCK_SIZE, num_host_blocks=[self.num_host_blocks],
+            enable_prefix_caching=self.caching)
         scheduler = Scheduler(space, self.limits, epoch=epoch)
         engine = Engine(
             scheduler, link, make_info(epoch=epoch, num_blocks=self.num_blocks), self.metrics, async_scheduling=True,
-            step_timeout_s=STEP_TIMEOUT_S, check_integrity=True)
+            step_timeout_s=STEP_TIMEOUT_S, check_integrity=True, block_bytes=[BLOCK_BYTES])
         self.engines.append(engine)
         self.links.append(link)
         self.loop.add_group(index, engine, on_ready)
@@ -142,7 +145,7 @@ class World:
 def make_info(**changes):
     fields = dict(
         epoch=1, max_model_len=200, vocab_size=memory_model.VOCAB, max_num_seqs=8, kv_capacity_tokens=64 * BLOCK_SIZE,
-        block_size=BLOCK_SIZE, num_blocks=64, kernels="", dtype="float32", tp_size=1, num_groups=1)
+        block_size=BLOCK_SIZE, num_blocks=64, num_host_blocks=0, kernels="", dtype="float32", tp_size=1, num_groups=1)
     return EngineInfo(**(fields | changes))
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from kvarto.cluster.admission import check
+from kvarto.cluster.admission import check, check_cache_salt
 from kvarto.cluster.frontend_protocol import Health
 from kvarto.cluster.http.app import create_app
 from kvarto.cluster.outputs import StreamChunk
@@ -79,8 +79,8 @@ class FakeFrontend:
     def __init__(self, config, *, reply="Hello, world. ", delay_s=0.0, max_model_len=512):
         self.config = config
         self.info = EngineInfo(epoch=1, max_model_len=max_model_len, vocab_size=VOCAB, max_num_seqs=8,
-                               kv_capacity_tokens=4096, block_size=16, num_blocks=256, kernels="none",
-                               dtype="float32", tp_size=1, num_groups=1)
+                               kv_capacity_tokens=4096, block_size=16, num_blocks=256, num_host_blocks=0,
+                               kernels="none", dtype="float32", tp_size=1, num_groups=1)
         self.tokenizer = FakeTokenizer()
         self.default_sampling = {}
         self.reply, self.delay_s = reply, delay_s
@@ -89,17 +89,25 @@ class FakeFrontend:
         self.fail_after, self.fail_on = 0, b""
         self.state = Health(live=True, ready=True)
         self.url = ""
-        self.submitted, self.running, self.cancelled = {}, set(), {}
+        self.submitted, self.running, self.cancelled, self.cache_salts = {}, set(), {}, []
 
-    def stream(self, prompt, params, *, request_id, priority=0):
+    def stream(self, prompt, params, *, request_id, priority=0, cache_salt=""):
+        check_cache_salt(cache_salt)
         check(prompt, params, self.info)
         self.submitted[request_id] = (prompt, params, priority)
+        self.cache_salts.append(cache_salt)
         self.running.add(request_id)
         return FakeStream(self, request_id, prompt, params)
 
     async def chunks(self, prompt, params):
         data = self.reply.encode()
         ends = params.max_tokens if params.max_tokens is not None else len(data)
+        if params.beam_width is not None:
+            for index in range(params.n):
+                tokens = [data[(step + index) % len(data)] for step in range(ends)]
+                yield StreamChunk(index, bytes(tokens).decode(), tokens, finish_reason="length",
+                                  cumulative_logprob=-3.0 - index, beam_score=-1.5 - index)
+            return
         texts = [""] * params.n
         done = [False] * params.n
         for step in range(ends):
@@ -115,12 +123,16 @@ class FakeFrontend:
                 yield StreamChunk(
                     index, "" if stop else chr(token), [token], finish_reason=finish, stop_reason=stop,
                     num_cached_tokens=len(prompt) // 16 * 16 if step == 0 else 0,
+                    num_dropped_tokens=(params.num_sequences - params.n) * ends if step == index == 0 else 0,
                     logprobs=[] if params.logprobs is None else [top_of(token, params.logprobs)],
                     prompt_logprobs=[top_of(t, params.prompt_logprobs) for t in prompt[1:]]
                     if params.prompt_logprobs is not None and step == 0 else None)
 
     async def status(self):
         return {"groups": [{"state": "ready"}]}
+
+    async def blocks(self):
+        return {"groups": {}}
 
     async def metrics(self):
         return "# TYPE kvarto_running gauge\nkvarto_running 3\n"

@@ -1,72 +1,258 @@
-"""A rank that executes plans on a model of memory: who wrote which token into which slot. The scheduler's oracle."""
+"""A rank that executes plans on a model of memory: whose keys and values stand in which slot. The scheduler's oracle.
+
+It knows the wire contract (`protos/step.py`) and nothing of the scheduler or the block space. What a slot holds is a
+number that depends on all tokens up to it (`stand_in.chain`), so that reading a wrong, stale or unwritten slot shows,
+and sharing is right exactly where prefixes are equal.
+"""
 
 from __future__ import annotations
 
-from kvarto.protos.step import PromptLogprobs, SampledToken, StepPlan, StepResult, TokenLogprobs
+import importlib.util
+import os
+import random
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from types import ModuleType
 
-VOCAB = 50
+from kvarto.protos.sampling import SamplingParams
+from kvarto.protos.step import (
+    BeamCandidates,
+    BlockMoves,
+    PromptLogprobs,
+    SampledToken,
+    SequenceFailure,
+    SequenceFork,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 
-def next_token(tokens: list[int]) -> int:
-    """The token that follows `tokens`, whoever computes it: a stand-in for greedy decoding."""
-    value = 17
-    for token in tokens:
-        value = (value * 31 + token + 7) % 1_000_003
-    return value % VOCAB
+def _sibling(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def generate(prompt: list[int], max_tokens: int, eos: int) -> list[int]:
-    tokens = list(prompt)
-    while len(tokens) - len(prompt) < max_tokens:
-        tokens.append(next_token(tokens))
-        if tokens[-1] == eos:
-            break
-    return tokens[len(prompt):]
+stand_in, held_sequences = _sibling("stand_in"), _sibling("held_sequences")
+VOCAB, next_token, generate, search = stand_in.VOCAB, stand_in.next_token, stand_in.generate, stand_in.search
+HeldSequences, moves_of = held_sequences.HeldSequences, held_sequences.moves_of
+
+MOVE_ORDER = ("disk_drops", "disk_stores", "swap_outs", "disk_loads", "swap_ins", "copies")
+"""The contract's. The mutation script changes it (`KVARTO_MOVE_ORDER`) to see that it matters."""
+
+
+class _Text:
+    """What a rank knows of a sequence apart from its blocks."""
+
+    def __init__(self, params: SamplingParams, seq_index: int, num_prompt_tokens: int, tokens: list[int]) -> None:
+        self.params = params
+        self.seq_index = seq_index
+        self.num_prompt_tokens = num_prompt_tokens
+        self.tokens: list[int] = []
+        self.chain: list[int] = []
+        self.failed = False
+        # One that has generated already has had its prompt's log probabilities sent.
+        self.scored = params.prompt_logprobs is not None and len(tokens) == num_prompt_tokens
+        self.append(tokens)
+
+    def append(self, tokens: Iterable[int]) -> None:
+        tokens = list(tokens)
+        self.tokens += tokens
+        self.chain += stand_in.chain(tokens, *self.chain[-1:])
+
+    def fork(self, seq_index: int) -> _Text:
+        return _Text(self.params, seq_index, self.num_prompt_tokens, self.tokens)
 
 
 class MemoryModelRank:
-    """Raises `AssertionError` when a sequence would read a slot that does not hold its own token."""
+    """Executes plans as both ranks of a group would. Raises `AssertionError` where one breaks the contract, or where
+    a sequence would read a slot that does not hold its own token after its own prefix."""
 
-    def __init__(self, block_size: int, num_blocks: int) -> None:
+    def __init__(
+        self, block_size: int, num_blocks: int, num_host_blocks: int = 0, rng: random.Random | None = None, *,
+        disk_capacity: int = 0, eos_token_ids: tuple[int, ...] = (), corruption: float = 0.0,
+    ) -> None:
+        """`corruption`: how probable it is that a file cannot be loaded, on each of the two ranks."""
         self.block_size = block_size
-        self.memory: dict[int, tuple[int, int]] = {}
-        self.num_blocks = num_blocks
-        self.sequences: dict[int, dict] = {}
+        self.device = [[0] * block_size for _ in range(num_blocks + 1)]
+        self.host = [[0] * block_size for _ in range(num_host_blocks + 1)]
+        self.disk: dict[bytes, list[int]] = {}
+        self.held = HeldSequences(block_size)
+        self.texts: dict[int, _Text] = {}
+        self.seen: Counter[str] = Counter()
+        self._contents: dict[bytes, list[int]] = {}
+        self._rng = rng or random.Random(0)
+        self._disk_capacity = disk_capacity
+        self._eos_token_ids = eos_token_ids
+        self._corruption = corruption
+        self._move_order = os.environ.get("KVARTO_MOVE_ORDER", ",".join(MOVE_ORDER)).split(",")
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(
+        self, plan: StepPlan, *, failing: Collection[int] = (), corrupt: Collection[bytes] = ()
+    ) -> list[StepResult]:
+        """The results, rank 0's first. `failing`: sequences whose logits are not numbers; `corrupt`: keys whose files
+        rank 1 cannot load."""
+        moves = moves_of(plan)
+        assert plan.steps or any(getattr(moves, kind) for kind in MOVE_ORDER), "an empty plan"
+        self._change(plan)
+        survivors = self.held.change(plan)
+        self._check_moves(moves, survivors)
+        failed_loads = self._move(moves, corrupt)
+        self._grant(plan)
+        result = StepResult(epoch=plan.epoch, step_id=plan.step_id, failed_loads=failed_loads[0])
+        self._compute(plan, result)
+        self._sample(plan, result, failing)
+        other = StepResult(epoch=plan.epoch, step_id=plan.step_id, rank=1, failed_loads=failed_loads[1])
+        return [result, other] if moves.disk_loads else [result]
+
+    # -- sequences -------------------------------------------------------------------------------------------------
+
+    def _change(self, plan: StepPlan) -> None:
+        for fork in plan.forks:
+            assert self.texts[fork.parent_seq_id].params.beam_width, "parallel samples are siblings"
+            self._fork(fork)
         for seq_id in plan.ends:
-            del self.sequences[seq_id]
+            del self.texts[seq_id]
         for start in plan.starts:
-            assert start.seq_id not in self.sequences
-            self.sequences[start.seq_id] = {
-                "tokens": list(start.token_ids), "computed": 0, "table": [],
-                "prompt": list(start.token_ids) if len(start.token_ids) == start.num_prompt_tokens else []}
-        sampled, prompt_logprobs = [], []
-        written: set[int] = set()
-        for step in plan.steps:
-            sequence = self.sequences[step.seq_id]
-            if step.new_block_ids:
-                sequence["table"].extend(step.new_block_ids[0])
-            tokens, table, begin = sequence["tokens"], sequence["table"], sequence["computed"]
-            end = begin + step.num_tokens
-            assert step.num_tokens > 0 and end <= len(tokens)
-            for position in range(end):
-                block = table[position // self.block_size]
-                assert 1 <= block <= self.num_blocks
-                slot = block * self.block_size + position % self.block_size
-                if position < begin:
-                    assert self.memory[slot] == (step.seq_id, tokens[position]), "reads what it did not write"
+            self._start(start)
+
+    def _start(self, start: SequenceStart) -> None:
+        text = _Text(start.params, start.seq_index, start.num_prompt_tokens, start.token_ids)
+        assert 0 < start.num_prompt_tokens <= len(text.tokens)
+        self.texts[start.seq_id] = text
+        self.seen["hits"] += start.num_computed_tokens > 0
+
+    def _fork(self, fork: SequenceFork) -> None:
+        self.texts[fork.seq_id] = self.texts[fork.parent_seq_id].fork(fork.seq_index)
+
+    # -- moves -----------------------------------------------------------------------------------------------------
+
+    def _check_moves(self, moves: BlockMoves, survivors: set[int]) -> None:
+        """The rule of `BlockMoves`, word for word, as far as a rank can know it. (Which blocks a plan *releases* it
+        cannot: those of an ended sequence may have been free since the last result.)"""
+        swap_outs, swap_ins, copies = dict(moves.swap_outs), dict(moves.swap_ins), moves.copies
+        to_device = [*(new for _, new in moves.swap_ins), *(new for _, new in copies)]
+        to_host = [*(new for _, new in moves.swap_outs), *(new for _, new in moves.disk_loads)]
+        for used, pool in (([*swap_outs, *to_device, *(old for old, _ in copies)], self.device),
+                           ([*swap_ins, *to_host, *(old for old, _ in moves.disk_stores)], self.host)):
+            assert all(1 <= block < len(pool) for block in used), "a block id is out of range"
+        assert len(set(to_device)) == len(to_device), "a device block is brought two contents"
+        assert len(set(to_host)) == len(to_host), "a host block is brought two contents"
+        read = survivors.union(old for old, _ in copies)
+        assert not read & set(to_device), "a plan overwrites a device block that it reads"
+        assert not swap_ins.keys() & set(to_host), "a plan overwrites a host block that it reads"
+
+    def _move(self, moves: BlockMoves, corrupt: Collection[bytes]) -> tuple[list[tuple[int, bytes]], ...]:
+        """All moves, those of one kind in any order. Returns the loads that failed on each rank."""
+        failed: tuple[list[tuple[int, bytes]], ...] = ([], [])
+        for kind in self._move_order:
+            for move in self._rng.sample(getattr(moves, kind), len(getattr(moves, kind))):
+                self.seen[kind] += 1
+                if kind == "disk_drops":
+                    self.disk.pop(move, None)
+                elif kind == "disk_stores":
+                    self._store(*move)
+                elif kind == "disk_loads":
+                    self._load(*move, failed, corrupt)
                 else:
-                    assert slot not in written, "two sequences write the same slot"
-                    written.add(slot)
-                    self.memory[slot] = (step.seq_id, tokens[position])
-            sequence["computed"] = end
-            if known := sequence["prompt"][begin + 1: end + 1]:
-                prompt_logprobs.append(PromptLogprobs(seq_id=step.seq_id, first=begin + 1, positions=[
-                    TokenLogprobs(token_id=token, logprob=0.0, rank=1, top_token_ids=[], top_logprobs=[])
-                    for token in known]))
-            if end == len(tokens):
-                token = next_token(tokens)
-                tokens.append(token)
-                sampled.append(SampledToken(seq_id=step.seq_id, token_id=token))
-        return StepResult(epoch=plan.epoch, step_id=plan.step_id, tokens=sampled, prompt_logprobs=prompt_logprobs)
+                    source = self.host if kind == "swap_ins" else self.device
+                    target = self.host if kind == "swap_outs" else self.device
+                    target[move[1]] = list(source[move[0]])
+        assert len(self.disk) <= self._disk_capacity, "the disk tier is over its capacity"
+        return failed
+
+    def _store(self, block: int, key: bytes) -> None:
+        contents = list(self.host[block])
+        assert all(contents), "a block with an unwritten slot falls to disk"
+        assert self._contents.setdefault(key, contents) == contents, "a key has two contents"
+        self.disk[key] = contents
+
+    def _load(
+        self, key: bytes, block: int, failed: tuple[list[tuple[int, bytes]], ...], corrupt: Collection[bytes]
+    ) -> None:
+        bad = [key not in self.disk or self._rng.random() < self._corruption for _ in failed]
+        bad[1] |= key in corrupt
+        for rank, is_bad in enumerate(bad):
+            if is_bad:
+                failed[rank].append((0, key))
+        self.host[block] = [0] * self.block_size if any(bad) else list(self.disk[key])
+        if any(bad):
+            self.seen["failed_loads"] += 1
+            self.disk.pop(key, None)
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def _grant(self, plan: StepPlan) -> None:
+        for step in plan.steps:
+            text = self.texts[step.seq_id]
+            assert text.params.beam_width or not step.token_ids, "the Head chooses tokens of beams only"
+            text.append(step.token_ids)
+        for seq_id, blocks in self.held.grant(plan).items():
+            assert all(1 <= block < len(self.device) for block in self.held.tables[seq_id]), "block id out of range"
+            # What is not computed yet is not there: a stale content that happens to be right must not hide a fault.
+            offset = self.held.computed[seq_id] % self.block_size
+            for block in blocks:
+                self.device[block][offset:] = [0] * (self.block_size - offset)
+                offset = 0
+
+    def _compute(self, plan: StepPlan, result: StepResult) -> None:
+        """All writes come before all reads: each layer writes the keys and values of the batch, then attends."""
+        size = self.block_size
+        for step in plan.steps:
+            text, table = self.texts[step.seq_id], self.held.tables[step.seq_id]
+            begin = self.held.computed[step.seq_id]
+            end = begin + step.num_tokens
+            assert end <= len(text.tokens), "a token is computed that nobody knows"
+            for position in range(begin, end):
+                self.device[table[position // size]][position % size] = text.chain[position]
+            if text.scored and (known := text.tokens[begin + 1: min(end + 1, text.num_prompt_tokens)]):
+                result.prompt_logprobs.append(PromptLogprobs(
+                    seq_id=step.seq_id, first=begin + 1, positions=[_logprobs(token) for token in known]))
+        for step in plan.steps:
+            text, table = self.texts[step.seq_id], self.held.tables[step.seq_id]
+            end = self.held.computed[step.seq_id] + step.num_tokens
+            for first in range(0, end, size):
+                stop = min(first + size, end)
+                assert self.device[table[first // size]][: stop - first] == text.chain[first: stop], (
+                    f"sequence {step.seq_id} reads what is not its own in positions {first} to {stop}")
+
+    def _sample(self, plan: StepPlan, result: StepResult, failing: Collection[int]) -> None:
+        self.held.finish(plan)
+        done = [step.seq_id for step in plan.steps
+                if self.held.computed[step.seq_id] == len(self.texts[step.seq_id].tokens)]
+        parents = set(done)
+        failing = set(failing)
+        for sibling in plan.siblings:
+            assert sibling.parent_seq_id in parents, "a sibling of a sequence that does not sample"
+            assert not self.texts[sibling.parent_seq_id].params.beam_width, "beams are forked, not sampled"
+            self._fork(sibling)
+            done.append(sibling.seq_id)
+            failing |= {sibling.seq_id} if sibling.parent_seq_id in failing else set()
+        self.seen["forks"] += len(plan.forks)
+        self.seen["siblings"] += len(plan.siblings)
+        for seq_id in done:
+            text = self.texts[seq_id]
+            if text.failed or seq_id in failing:
+                if not text.failed:
+                    result.failures.append(SequenceFailure(seq_id=seq_id, message="not a number"))
+                text.failed = True
+                text.append([0])  # A plan that is made already may compute on.
+            elif text.params.beam_width:
+                tokens, logprobs = stand_in.candidates(
+                    text.chain[-1], text.params.num_beam_candidates(self._eos_token_ids))
+                result.beams.append(BeamCandidates(seq_id=seq_id, token_ids=tokens, logprobs=logprobs))
+            else:
+                token = stand_in.draw(text.chain[-1], text.seq_index)
+                text.append([token])
+                result.tokens.append(SampledToken(
+                    seq_id=seq_id, token_id=token,
+                    logprobs=None if text.params.logprobs is None else _logprobs(token)))
+
+
+def _logprobs(token: int) -> TokenLogprobs:
+    return TokenLogprobs(token_id=token, logprob=-1.0, rank=1, top_token_ids=[], top_logprobs=[])

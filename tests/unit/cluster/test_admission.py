@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvarto.cluster.admission import check
+from kvarto.cluster.admission import MAX_CACHE_SALT, check, check_cache_salt
 from kvarto.protos.errors import InvalidRequestError, PromptTooLongError
 from kvarto.protos.request import EngineInfo
 from kvarto.protos.sampling import SamplingParams
@@ -12,7 +12,7 @@ from kvarto.protos.sampling import SamplingParams
 
 def info(**changes):
     fields = dict(epoch=1, max_model_len=100, vocab_size=200, max_num_seqs=4, kv_capacity_tokens=80, block_size=8,
-                  num_blocks=10, kernels="", dtype="", tp_size=1, num_groups=1)
+                  num_blocks=10, num_host_blocks=0, kernels="", dtype="", tp_size=1, num_groups=1)
     return EngineInfo(**(fields | changes))
 
 
@@ -48,8 +48,20 @@ def test_the_last_token_of_the_vocabulary_is_one():
     assert admit(prompt=[199]) == 16
 
 
-def test_more_completions_than_sequences_in_a_step_are_refused():
-    assert refused(n=5).param == "n"
+@pytest.mark.parametrize(("params", "param"), [
+    ({"n": 5}, "n"), ({"n": 2, "best_of": 5}, "best_of"), ({"n": 2, "beam_width": 5}, "beam_width")])
+def test_more_sequences_than_a_step_has_are_refused_by_what_asks_for_them(params, param):
+    error = refused(**params)
+    assert (error.param, error.message) == (param, f"{param} (5) is above max_num_seqs (4)")
+
+
+@pytest.mark.parametrize("params", [{"n": 4}, {"n": 2, "best_of": 4}, {"n": 2, "beam_width": 4}])
+def test_as_many_sequences_as_a_step_has_are_taken(params):
+    assert admit(max_tokens=4, **params) == 4
+
+
+def test_more_beams_than_tokens_to_begin_them_with_are_refused():
+    assert refused(beam_width=3, prompt=[1], of=info(vocab_size=2)).param == "beam_width"
 
 
 @pytest.mark.parametrize(("num_prompt", "max_tokens"), [(79, 1), (40, 40), (1, 79)])
@@ -84,13 +96,52 @@ def test_a_default_is_clamped_to_the_models_length():
     assert admit(10, max_tokens=None, of=info(num_blocks=99)) == 90
 
 
-def test_sequences_of_a_group_share_the_pool_in_whole_blocks():
-    assert admit(4, n=3, max_tokens=None) == 20
+@pytest.mark.parametrize("params", [{"n": 3}, {"n": 2, "best_of": 3}, {"n": 2, "beam_width": 3}])
+def test_sequences_of_a_group_divide_the_pool_into_whole_blocks(params):
+    """A prompt of less than a block is not shared: 3 of 10 blocks each."""
+    assert admit(4, max_tokens=None, **params) == 3 * 8 - 4
 
 
-def test_a_group_that_can_never_fit_is_refused():
-    assert refused(PromptTooLongError, num_prompt=24, n=3).param == "prompt"
+@pytest.mark.parametrize(("num_prompt", "blocks_each"), [(8, 3), (15, 3), (16, 2), (40, 1), (47, 1), (56, 1)])
+def test_full_blocks_of_the_prompt_are_there_once(num_prompt, blocks_each):
+    """Of 10 blocks the prompt's full ones come off first; the others are divided by 3."""
+    assert admit(num_prompt, n=3, max_tokens=None) == (num_prompt // 8 + blocks_each) * 8 - num_prompt
+
+
+@pytest.mark.parametrize(("num_prompt", "n"), [(1, 4), (8, 4), (24, 3), (47, 2), (63, 1), (63, 2), (55, 3)])
+def test_what_is_taken_has_blocks_for_every_token_of_every_sequence(num_prompt, n):
+    """Counted slot by slot; one token more has none."""
+
+    def num_blocks(num_tokens):
+        return len({(None if slot < num_prompt // 8 * 8 else sequence, slot // 8)
+                    for sequence in range(n) for slot in range(num_tokens)})
+
+    longest = max(total for total in range(101) if num_blocks(total) <= 10)
+    assert admit(num_prompt, n=n, max_tokens=None) == longest - num_prompt
+    assert admit(num_prompt, n=n, max_tokens=longest - num_prompt) == longest - num_prompt
+    error = refused(PromptTooLongError, num_prompt=num_prompt, n=n, max_tokens=longest - num_prompt + 1)
+    assert (error.param, f"at most {longest - num_prompt}" in error.message) == ("max_tokens", True)
+
+
+@pytest.mark.parametrize(("params", "name"), [
+    ({"n": 4}, "n"), ({"n": 2, "best_of": 4}, "best_of"), ({"beam_width": 4}, "beam_width")])
+def test_a_group_that_can_never_fit_is_refused_by_what_makes_it_large(params, name):
+    """7 blocks are the prompt's, and 3 are no whole one for each of 4."""
+    error = refused(PromptTooLongError, num_prompt=56, **params)
+    assert (error.param, f"{name}=4 sequences" in error.message) == ("prompt", True)
 
 
 def test_tokens_at_least_that_cannot_fit_are_refused_by_name():
     assert refused(PromptTooLongError, min_tokens=90, max_tokens=None).param == "min_tokens"
+
+
+@pytest.mark.parametrize("salt", ["", "tenant 7", "ä" * MAX_CACHE_SALT])
+def test_a_cache_salt_is_any_text_of_some_length(salt):
+    check_cache_salt(salt)
+
+
+@pytest.mark.parametrize("salt", ["x" * (MAX_CACHE_SALT + 1), 7, None, b"x", "\ud800"])
+def test_what_is_no_such_text_is_refused_as_a_salt(salt):
+    with pytest.raises(InvalidRequestError) as caught:
+        check_cache_salt(salt)
+    assert caught.value.param == "cache_salt"

@@ -128,6 +128,39 @@ async def test_n_completions_with_logprobs_and_stop_strings():
     assert [position.token_id for position in responses[0].prompt_logprobs] == [97, 98]
 
 
+@asynchronous
+async def test_beams_come_in_one_message_each_with_their_scores():
+    async with serving() as (frontend, _, channel):
+        frontend.default_sampling = {"temperature": 0.6}
+        responses = await generate(channel, text="ab", cache_salt="tenant", sampling={
+            "n": 2, "beam_width": 3, "max_tokens": 3, "length_penalty": 0.0, "early_stopping": pb.EARLY_STOPPING_NEVER})
+        [(_, params, _)] = frontend.submitted.values()
+    assert params == SamplingParams(n=2, beam_width=3, max_tokens=3, length_penalty=0.0, early_stopping="never")
+    assert frontend.cache_salts == ["tenant"]
+    assert [(response.text, response.cumulative_logprob, response.beam_score) for response in responses] == [
+        ("Hel", -3.0, -1.5), ("ell", -4.0, -2.5)]
+    assert responses[-1].usage.completion_tokens == 6
+
+
+@pytest.mark.parametrize(("value", "expected"), [
+    (pb.EARLY_STOPPING_UNSPECIFIED, False), (pb.EARLY_STOPPING_FALSE, False), (pb.EARLY_STOPPING_TRUE, True)])
+@asynchronous
+async def test_early_stopping_is_one_of_three(value, expected):
+    async with serving() as (frontend, _, channel):
+        await generate(channel, text="a", sampling={"beam_width": 2, "early_stopping": value})
+        [(_, params, _)] = frontend.submitted.values()
+    assert params.early_stopping is expected
+
+
+@asynchronous
+async def test_all_tokens_of_best_of_are_counted_and_cached_tokens_are_told_at_once():
+    async with serving() as (_, _, channel):
+        responses = await generate(channel, text="x" * 40, sampling={"n": 2, "best_of": 5, "max_tokens": 3})
+    assert responses[-1].usage.completion_tokens == 15
+    assert [response.num_cached_tokens for response in responses[:3]] == [32, 32, 0]
+    assert not responses[0].HasField("cumulative_logprob")
+
+
 @pytest.mark.parametrize(("fields", "code", "message"), [
     ({}, "INVALID_ARGUMENT", "no prompt"),
     ({"text": ""}, "INVALID_ARGUMENT", "empty"),
@@ -140,6 +173,10 @@ async def test_n_completions_with_logprobs_and_stop_strings():
     ({"text": "a", "sampling": {"temperature": float("nan")}}, "INVALID_ARGUMENT", "temperature"),
     ({"text": "a", "sampling": {"n": 0}}, "INVALID_ARGUMENT", "n must be"),
     ({"text": "a", "sampling": {"max_tokens": 0}}, "INVALID_ARGUMENT", "max_tokens"),
+    ({"text": "a", "sampling": {"beam_width": 0}}, "INVALID_ARGUMENT", "beam_width"),
+    ({"text": "a", "sampling": {"n": 3, "best_of": 2}}, "INVALID_ARGUMENT", "best_of"),
+    ({"text": "a", "sampling": {"beam_width": 2, "early_stopping": 9}}, "INVALID_ARGUMENT", "early_stopping"),
+    ({"text": "a", "cache_salt": "x" * 1025}, "INVALID_ARGUMENT", "cache_salt"),
     ({"text": "a", "model": "gpt-9"}, "NOT_FOUND", fake.MODEL),
 ])
 @asynchronous

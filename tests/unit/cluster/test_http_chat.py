@@ -146,3 +146,35 @@ def test_model_without_a_template_says_what_to_use(client, frontend):
     frontend.tokenizer = fake.FakeTokenizer(has_chat_template=False)
     with pytest.raises(openai.BadRequestError, match="chat template"):
         chat(client)
+
+
+@pytest.mark.parametrize(("sent", "expected"), [
+    ({"n": 2, "best_of": 3}, (2, 3, None)), ({"n": 2, "beam_width": 3}, (2, None, 3)),
+    ({"n": 2, "use_beam_search": True}, (2, None, 2))])
+def test_the_best_of_several_and_beams_may_be_asked_for(client, frontend, sent, expected):
+    frontend.default_sampling = {} if "best_of" in sent else {"temperature": 0.6}
+    result = chat(client, max_tokens=2, extra_body=sent)
+    [(_, params, _)] = frontend.submitted.values()
+    assert (params.n, params.best_of, params.beam_width) == expected
+    assert [choice.message.content for choice in result.choices] == ["He", "el"]
+
+
+def test_the_best_of_several_are_not_streamed(client, frontend):
+    with pytest.raises(openai.BadRequestError, match="stream=false") as caught:
+        chat(client, stream=True, extra_body={"best_of": 2})
+    assert caught.value.param == "best_of"
+    assert not frontend.submitted
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cache_salt_reaches_the_engine(client, frontend, stream):
+    list(chat(client, max_tokens=1, stream=stream, extra_body={"cache_salt": "tenant"}))
+    assert frontend.cache_salts == ["tenant"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_has_the_cached_tokens(client, stream):
+    values = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    result = chat(client, [{"role": "user", "content": "x" * 40}], max_tokens=1, **values)
+    usage = list(result)[-1].usage if stream else result.usage
+    assert usage.prompt_tokens_details.cached_tokens == 48

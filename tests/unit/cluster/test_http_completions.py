@@ -177,3 +177,51 @@ def test_a_long_prompt_is_tokenized_like_a_short_one(client, frontend):
     frontend.info = fake.EngineInfo(**{f: getattr(frontend.info, f) for f in frontend.info.__struct_fields__} | {
         "max_model_len": 50_000, "num_blocks": 4000})
     assert complete(client, "x" * 20_000, max_tokens=1).usage.prompt_tokens == 20_001
+
+
+def test_the_best_of_several_are_asked_for_and_all_of_their_tokens_are_counted(client, frontend):
+    result = complete(client, n=2, best_of=5, max_tokens=3)
+    [(_, params, _)] = frontend.submitted.values()
+    assert (params.n, params.best_of) == (2, 5)
+    assert [choice.index for choice in result.choices] == [0, 1]
+    assert result.usage.completion_tokens == 15
+
+
+def test_best_of_as_many_as_n_may_be_streamed(client):
+    assert len(list(complete(client, n=2, best_of=2, max_tokens=1, stream=True))) == 2
+
+
+@pytest.mark.parametrize(("sent", "n", "beam_width"), [
+    ({"beam_width": 3}, 1, 3), ({"n": 2, "beam_width": 3}, 2, 3), ({"use_beam_search": True, "n": 2}, 2, 2),
+    ({"use_beam_search": True, "n": 2, "best_of": 4}, 2, 4), ({"use_beam_search": True, "best_of": 4}, 1, 4),
+    ({"use_beam_search": False, "n": 2}, 2, None)])
+def test_a_beam_search_may_be_asked_for_in_either_way(client, frontend, sent, n, beam_width):
+    result = complete(client, max_tokens=3, extra_body=sent)
+    [(_, params, _)] = frontend.submitted.values()
+    assert (params.n, params.beam_width, params.best_of) == (n, beam_width, None)
+    assert [choice.text for choice in result.choices] == ["Hel", "ell"][:n]
+
+
+def test_beams_may_be_streamed_one_chunk_each(client):
+    chunks = list(complete(client, n=2, max_tokens=3, stream=True, extra_body={"beam_width": 2}))
+    assert [(chunk.choices[0].index, chunk.choices[0].text) for chunk in chunks] == [(0, "Hel"), (1, "ell")]
+
+
+def test_parameters_of_a_beam_search_reach_the_engine_without_the_models_defaults(client, frontend):
+    frontend.default_sampling = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    complete(client, temperature=0, extra_body={"beam_width": 2, "length_penalty": 0.5, "early_stopping": "never"})
+    [(_, params, _)] = frontend.submitted.values()
+    assert (params.length_penalty, params.early_stopping, params.temperature) == (0.5, "never", 0)
+    assert (params.top_p, params.top_k) == (1.0, None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cache_salt_reaches_the_engine_for_every_prompt(client, frontend, stream):
+    list(complete(client, ["a", "b"], max_tokens=1, stream=stream, extra_body={"cache_salt": "tenant"}))
+    complete(client, max_tokens=1)
+    assert frontend.cache_salts == ["tenant", "tenant", ""]
+
+
+def test_the_usage_of_a_stream_has_the_cached_tokens(client):
+    *_, last = complete(client, "x" * 40, max_tokens=2, stream=True, stream_options={"include_usage": True})
+    assert last.usage.prompt_tokens_details.cached_tokens == 32

@@ -89,7 +89,16 @@ def test_what_is_not_json_is_a_bad_request(client, content, message):
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [2**70]}, "prompt"),
     ({"suffix": "end"}, "suffix"),
-    ({"best_of": 2}, "best_of"),
+    ({"best_of": 2, "n": 3}, "best_of"),
+    ({"best_of": 9}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"extra_body": {"beam_width": 9}}, "beam_width"),
+    ({"n": 3, "extra_body": {"beam_width": 2}}, "n"),
+    ({"best_of": 2, "extra_body": {"beam_width": 2}}, "best_of"),
+    ({"temperature": 0.5, "extra_body": {"beam_width": 2}}, "temperature"),
+    ({"extra_body": {"use_beam_search": True, "beam_width": 2}}, "use_beam_search"),
+    ({"extra_body": {"use_beam_search": True, "best_of": 1}}, "use_beam_search"),
+    ({"extra_body": {"cache_salt": "x" * 1025}}, "cache_salt"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "echo": True, "logprobs": 1}, "echo"),
     ({"extra_body": {"use_beam_search": True}}, "use_beam_search"),
@@ -112,6 +121,8 @@ def test_bad_values_are_bad_requests_that_name_the_field(client, frontend, value
     ({"prompt": ["a", 1]}, "prompt"),
     ({"prompt": [[1, "a"]]}, "prompt[0][1]"),
     ({"extra_body": {"priority": 2**40}}, "priority"),
+    ({"extra_body": {"cache_salt": 5}}, "cache_salt"),
+    ({"extra_body": {"beam_width": 2, "early_stopping": "always"}}, "early_stopping"),
 ])
 def test_wrong_types_are_unprocessable_and_name_the_field(client, frontend, values, param):
     with pytest.raises(openai.UnprocessableEntityError) as caught:

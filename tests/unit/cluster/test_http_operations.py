@@ -75,6 +75,26 @@ def test_version_and_status(url):
     assert httpx.get(f"{url}/v1/status").json() == {"groups": [{"state": "ready"}]}
 
 
+def test_blocks_are_the_frontends(url):
+    assert httpx.get(f"{url}/v1/blocks").json() == {"groups": {}}
+
+
+def test_blocks_need_the_key(locked_url):
+    response = httpx.get(f"{locked_url}/v1/blocks")
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+    headers = {"Authorization": "Bearer söcret".encode()}
+    assert httpx.get(f"{locked_url}/v1/blocks", headers=headers).status_code == 200
+
+
+def test_blocks_of_an_engine_that_is_gone_are_unavailable(url, frontend, monkeypatch):
+    async def blocks():
+        raise UnavailableError("no Head")
+
+    monkeypatch.setattr(frontend, "blocks", blocks)
+    response = httpx.get(f"{url}/v1/blocks")
+    assert (response.status_code, response.json()["error"]["message"]) == (503, "no Head")
+
+
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer wrong", "Basic söcret", "söcret", "Bearer söcre"])
 def test_a_missing_or_wrong_key_is_refused_before_the_body_is_looked_at(locked_url, header):
     headers = {} if header is None else {"Authorization": header.encode()}

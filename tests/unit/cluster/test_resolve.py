@@ -7,11 +7,13 @@ import os
 import pytest
 
 from kvarto.cluster.metrics import Metrics
-from kvarto.cluster.resolve import resolve
+from kvarto.cluster.resolve import costs, resolve
 from kvarto.protos.config import EngineConfig
 from kvarto.protos.errors import ConfigError
 from kvarto.protos.model import KVGroupSpec, ModelConfig
-from kvarto.protos.step import RankReady
+from kvarto.protos.request import AddRequest
+from kvarto.protos.sampling import SamplingParams
+from kvarto.protos.step import RankCosts, RankReady
 
 MODEL = ModelConfig(
     path="/m", format="hf", family="llama", hidden_size=8, intermediate_size=8, num_layers=1, num_heads=4,
@@ -70,19 +72,106 @@ def test_a_rank_is_told_who_it_is():
     assert (config.rank, config.epoch, config.tp_size) == (1, 9, 2)
 
 
-def info(**config):
-    ready = RankReady(rank=0, kv_groups=[KVGroupSpec(layer_ids=(0,))], block_bytes=[10], available_bytes=10**6,
-                      kernels="native", node="a", pid=1)
+def test_a_rank_is_told_where_the_disk_tier_is(tmp_path):
+    assert resolved(kv_disk_path=str(tmp_path)).rank_config(0, epoch=1).kv_disk_path == str(tmp_path)
 
+
+@pytest.mark.parametrize("key", ["victim_policy", "eviction_policy", "watermark_policy"])
+def test_an_unknown_policy_is_refused_before_anything_is_loaded(key):
+    with pytest.raises(ConfigError, match=f"^{key}: there is no policy 'nonsense'"):
+        resolved(**{key: "nonsense"})
+
+
+# -- a worker group --------------------------------------------------------------------------------------------------
+
+
+def rank(number=0, *, block_bytes=(10,), copy=1e3, prefill=100.0, stored=()):
+    return RankReady(
+        rank=number, kv_groups=[KVGroupSpec(layer_ids=(0,))] * len(block_bytes), block_bytes=list(block_bytes),
+        available_bytes=10**6, available_host_bytes=10**5, kernels="native", node="a", pid=1,
+        costs=RankCosts(copy_bytes_per_s=copy, prefill_tokens_per_s=prefill), stored_keys=[list(s) for s in stored])
+
+
+def engine(*ranks, **config):
     class Link:
         max_in_flight = 2
 
-    return resolved(**config).engine([ready], [50], Link(), 3, Metrics()).info
+    ranks = ranks or (rank(),)
+    num_groups = len(ranks[0].block_bytes)
+    return resolved(**config).engine(list(ranks), [50] * num_groups, [20] * num_groups, Link(), 3, Metrics())
+
+
+def info(**config):
+    return engine(**config).info
 
 
 def test_frontends_are_told_what_the_pool_holds():
-    assert (info().num_blocks, info().kv_capacity_tokens) == (50, 800)
+    assert (info().num_blocks, info().num_host_blocks, info().kv_capacity_tokens) == (50, 20, 800)
 
 
 def test_frontends_are_told_how_many_sequences_a_step_really_holds():
     assert info(max_num_seqs=64, max_num_batched_tokens=32).max_num_seqs == 32
+
+
+def test_both_pools_are_sized():
+    assert resolved(num_blocks=50).blocks([rank()]) == ([50], [50])
+
+
+def test_the_slowest_rank_counts():
+    found = costs([rank(0, copy=1000.0, prefill=50.0), rank(1, copy=500.0, prefill=100.0)])
+    assert (found.block_copy_s, found.prefill_token_s) == (10 / 500, 1 / 50)
+
+
+def test_the_largest_slice_of_a_block_counts():
+    assert costs([rank(0, block_bytes=(10,)), rank(1, block_bytes=(40,))]).block_copy_s == 40 / 1000
+
+
+def test_the_scheduler_decides_by_the_measured_costs():
+    scheduler = engine(rank(0, prefill=50.0), rank(1)).scheduler
+    assert scheduler.preemptor.costs == costs([rank(0, prefill=50.0), rank(1)])
+
+
+def test_the_estimate_of_a_swap_is_the_time_that_its_bytes_take():
+    scheduler = engine(rank(block_bytes=(10, 30), copy=1000.0), max_num_batched_tokens=256).scheduler
+    params = SamplingParams(max_tokens=5)
+    group = scheduler.add(AddRequest(request_id="a", prompt_token_ids=[1] * 64, params=params), b"o", 5)
+    scheduler.schedule()
+    scheduler.preemptor.preempt(group)
+    record, = scheduler.preemptor.records
+    # Four blocks of 40 bytes, out and back.
+    assert record.choice.swap_s == pytest.approx(2 * 4 * 40 / 1000)
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_the_preemption_mode_that_was_given_is_used(mode):
+    scheduler = engine(preemption_mode=mode).scheduler
+    group = scheduler.add(AddRequest(request_id="a", prompt_token_ids=[1] * 9, params=SamplingParams()), b"o", 5)
+    scheduler.schedule()
+    scheduler.preemptor.preempt(group)
+    assert group.status.value == {"swap": "swapped", "recompute": "waiting"}[mode]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_blocks_are_cached_where_that_is_enabled(enabled):
+    assert engine(enable_prefix_caching=enabled).scheduler.space.enable_prefix_caching is enabled
+
+
+def test_what_every_rank_has_on_disk_is_known_after_a_restart(tmp_path):
+    keys = [bytes([i]) * 16 for i in range(3)]
+    group = engine(rank(0, stored=[keys]), rank(1, stored=[keys[:2]]), kv_disk_path=str(tmp_path), kv_disk_bytes=1000)
+    tiers = group.scheduler.space.tiers
+    assert (tiers.disk_capacity, tiers.num_on_disk, tiers.num_loadable(keys[:2])) == (100, 2, 2)
+
+
+def test_prefix_keys_outlive_a_restart_with_a_disk_tier(tmp_path):
+    roots = {engine(kv_disk_path=path).scheduler.space.prefix_keys.root("") for path in [str(tmp_path)] * 2}
+    assert len(roots) == 1
+
+
+def test_prefix_keys_are_new_without_one():
+    assert len({engine().scheduler.space.prefix_keys.root("") for _ in range(2)}) == 2
+
+
+def test_blocks_are_priced_over_all_ranks():
+    group = engine(rank(0, block_bytes=(10,)), rank(1, block_bytes=(5,)))
+    assert group._accounting._block_bytes == [15]

@@ -1,22 +1,29 @@
-"""How many blocks a pool gets from what its ranks say."""
+"""How many blocks the pools get from what their ranks say."""
 
 from __future__ import annotations
 
 import pytest
 
-from kvarto.cluster.block_space.sizing import CPU_POOL_CAP_BYTES, num_blocks
+from kvarto.cluster.block_space.sizing import (
+    CPU_POOL_CAP_BYTES,
+    CPU_SWAP_CAP_BYTES,
+    num_blocks,
+    num_disk_blocks,
+    num_host_blocks,
+)
 from kvarto.protos.config import EngineConfig
 from kvarto.protos.errors import ResourcesError
 from kvarto.protos.model import KVGroupSpec
-from kvarto.protos.step import RankReady
+from kvarto.protos.step import RankCosts, RankReady
 
 BLOCK = 1000
 
 
-def rank(number=0, *, available=100 * BLOCK, node="a", block=(BLOCK,)):
+def rank(number=0, *, available=100 * BLOCK, host=100 * BLOCK, node="a", block=(BLOCK,)):
     return RankReady(
         rank=number, kv_groups=[KVGroupSpec(layer_ids=(0,))] * len(block), block_bytes=list(block),
-        available_bytes=available, kernels="", node=node, pid=1)
+        available_bytes=available, available_host_bytes=host, kernels="", node=node, pid=1,
+        costs=RankCosts(copy_bytes_per_s=1e9, prefill_tokens_per_s=1e3))
 
 
 def size(ranks, *, device="cpu", max_model_len=100_000, **config):
@@ -75,3 +82,86 @@ def test_a_pool_on_a_cpu_that_was_given_no_size_is_capped():
 
 def test_a_pool_on_a_gpu_is_not_capped():
     assert size([rank(available=2**40)], max_num_seqs=10**6, device="cuda")[0] > CPU_POOL_CAP_BYTES // BLOCK
+
+
+# -- host ------------------------------------------------------------------------------------------------------------
+
+
+def host_size(*ranks, blocks=1000, device="cuda", **config):
+    return num_host_blocks(
+        EngineConfig(model="m", **config), list(ranks), [blocks] * len(ranks[0].block_bytes), device)
+
+
+def test_the_host_pool_takes_a_tenth_of_what_is_left():
+    assert host_size(rank()) == [10]
+
+
+def test_the_host_pool_is_by_default_no_larger_than_the_device_pool():
+    assert host_size(rank(), blocks=7) == [7]
+
+
+def test_a_host_pool_that_was_given_no_size_is_capped():
+    assert host_size(rank(host=2**40), blocks=10**9) == [CPU_SWAP_CAP_BYTES // BLOCK]
+
+
+def test_swap_space_that_was_given_is_taken():
+    assert host_size(rank(), blocks=7, swap_space_bytes=20 * BLOCK + 999) == [20]
+
+
+def test_swap_space_of_nothing_is_no_host_pool():
+    assert host_size(rank(), swap_space_bytes=0) == [0]
+
+
+def test_a_host_without_memory_is_no_host_pool_unless_one_was_asked_for():
+    assert host_size(rank(host=0)) == [0]
+
+
+def test_ranks_of_one_host_share_its_swap_space():
+    assert host_size(rank(0), rank(1)) == [5]
+
+
+def test_every_kv_group_gets_as_many_host_blocks():
+    assert host_size(rank(block=(BLOCK, BLOCK))) == [5, 5]
+
+
+def test_the_tightest_host_decides():
+    assert host_size(rank(0), rank(1, host=40 * BLOCK, node="b")) == [4]
+
+
+def test_more_swap_space_than_there_is_is_refused_with_what_there_is():
+    with pytest.raises(ResourcesError, match=r"swap_space_bytes=100001 is more than the 100000 bytes .*lower it"):
+        host_size(rank(), swap_space_bytes=100 * BLOCK + 1)
+
+
+def test_swap_space_of_less_than_a_block_is_refused_with_the_size_of_one():
+    with pytest.raises(ResourcesError, match=r"swap_space_bytes=999 holds no block: one takes 1000 bytes"):
+        host_size(rank(), swap_space_bytes=BLOCK - 1)
+
+
+@pytest.mark.parametrize("config", [{"num_blocks": 99}, {"swap_space_bytes": 90 * BLOCK}])
+def test_device_and_host_pool_of_a_cpu_fit_its_memory_together(config):
+    ready = rank()
+    try:
+        blocks = size([ready], **config)
+        host_blocks = num_host_blocks(EngineConfig(model="m", **config), [ready], blocks)
+    except ResourcesError:
+        return
+    assert (blocks[0] + host_blocks[0]) * BLOCK <= ready.available_bytes
+
+
+# -- disk ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_directory_there_is_no_disk_tier():
+    assert num_disk_blocks(EngineConfig(model="m"), [rank()]) == 0
+
+
+def test_the_disk_tier_holds_so_many_bytes_of_the_largest_rank(tmp_path):
+    config = EngineConfig(model="m", kv_disk_path=str(tmp_path), kv_disk_bytes=10 * BLOCK)
+    assert num_disk_blocks(config, [rank(0), rank(1, block=(BLOCK, BLOCK))]) == 5
+
+
+def test_a_disk_tier_of_less_than_a_block_is_refused(tmp_path):
+    config = EngineConfig(model="m", kv_disk_path=str(tmp_path), kv_disk_bytes=BLOCK - 1)
+    with pytest.raises(ResourcesError, match="kv_disk_bytes"):
+        num_disk_blocks(config, [rank()])

@@ -15,8 +15,9 @@ def message(cls=EngineConfig, **values):
 
 
 @pytest.mark.parametrize("key", [
-    "tensor_parallel_size", "num_worker_groups", "max_model_len", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs",
-    "max_num_batched_tokens", "threads_per_rank", "cpus_per_rank", "placement_timeout_s", "step_timeout_s"])
+    "tensor_parallel_size", "num_worker_groups", "max_model_len", "num_blocks", "kv_cache_memory_bytes",
+    "kv_disk_bytes", "max_num_seqs", "max_num_batched_tokens", "threads_per_rank", "cpus_per_rank",
+    "placement_timeout_s", "step_timeout_s"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_number_that_must_be_positive_is_refused_by_name(key, value):
     assert message(**{key: value}).startswith(f"{key}: Input should be greater than 0")
@@ -26,7 +27,8 @@ def test_a_lease_shorter_than_a_few_renewals_is_refused():
     assert message(lease_s=1).startswith("lease_s: Input should be greater than or equal to 2")
 
 
-@pytest.mark.parametrize(("key", "known"), [("dtype", "bfloat16"), ("device", "cuda"), ("executor", "inline")])
+@pytest.mark.parametrize(("key", "known"), [
+    ("dtype", "bfloat16"), ("device", "cuda"), ("executor", "inline"), ("preemption_mode", "recompute")])
 def test_a_word_that_is_not_known_is_refused_with_those_that_are(key, known):
     text = message(**{key: "nonsense"})
     assert text.startswith(f"{key}: ") and known in text
@@ -82,6 +84,27 @@ def test_a_port_that_is_none_is_refused(value):
 def test_several_worker_groups_in_one_process_are_refused_with_the_way_out():
     text = message(executor="inline", num_worker_groups=2)
     assert "executor='inline'" in text and "executor='ray'" in text
+
+
+@pytest.mark.parametrize("value", [-1, "much"])
+def test_swap_space_that_is_no_size_is_refused(value):
+    assert message(swap_space_bytes=value).startswith("swap_space_bytes: ")
+
+
+def test_swapping_without_host_memory_is_refused_with_the_way_out():
+    assert message(preemption_mode="swap", swap_space_bytes=0) == (
+        "configuration: preemption_mode='swap' needs host memory: leave swap_space_bytes unset or above 0")
+
+
+@pytest.mark.parametrize("mode", ["auto", "recompute"])
+def test_the_other_modes_need_no_host_memory(mode):
+    assert EngineConfig.parse({"model": "m", "preemption_mode": mode, "swap_space_bytes": 0}).preemption_mode == mode
+
+
+@pytest.mark.parametrize("values", [{"enable_prefix_caching": False}, {"swap_space_bytes": 0}])
+def test_a_disk_tier_that_nothing_can_fall_to_is_refused_with_the_way_out(values):
+    text = message(kv_disk_path="/tmp/kv", **values)
+    assert "kv_disk_path" in text and "enable_prefix_caching=True and swap_space_bytes above 0" in text
 
 
 @pytest.mark.parametrize("key", ["port", "grpc_port"])

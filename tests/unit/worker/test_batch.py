@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarto.protos.sampling import SamplingParams
-from kvarto.protos.step import SequenceStart, SequenceStep
+from kvarto.protos.step import SequenceFork, SequenceStart, SequenceStep
 from kvarto.worker.batch import SequenceTable, build, lay_out
 
 CPU = torch.device("cpu")
@@ -132,3 +132,62 @@ def test_a_sequence_of_the_greatest_length_may_still_gain_a_token(table):
     row = table.start(start(1, [5] * MAX_LEN))
     table.append(np.array([row]), np.array([9]))
     assert table.num_tokens[row] == MAX_LEN + 1
+
+
+def run(table, *steps):
+    """Lay out and build a step, and mark it as computed."""
+    layout = lay_out(list(steps), table)
+    batch = build(layout, table, CPU)
+    table.num_computed[layout.rows] = layout.ends
+    return batch
+
+
+def fork(seq_id, parent_seq_id):
+    return SequenceFork(seq_id=seq_id, parent_seq_id=parent_seq_id, seq_index=1)
+
+
+def test_a_fork_begins_as_its_parent_stands(table):
+    table.start(start(1, list(range(20))))
+    run(table, step(1, 18, 3, 4, 5))
+    table.fork(fork(2, 1))
+    batch = run(table, step(2, 2))
+    assert batch.token_ids.tolist() == [18, 19]
+    assert batch.positions.tolist() == [18, 19]
+    assert batch.block_tables[0].tolist() == [[3, 4, 5]]
+    assert batch.slot_mapping[0].tolist() == [5 * 8 + 2, 5 * 8 + 3]
+
+
+def test_a_fork_and_its_parent_go_different_ways(table):
+    row = table.start(start(1, [7] * 8))
+    run(table, step(1, 8, 3))
+    child = table.fork(fork(2, 1))
+    table.append(np.array([row, child]), np.array([10, 11]))
+    batch = run(table, step(1, 1, 4), step(2, 1, 5))
+    assert batch.token_ids.tolist() == [10, 11]
+    assert batch.block_tables[0].tolist() == [[3, 4], [3, 5]]
+
+
+def test_a_fork_outlives_its_parent(table):
+    table.start(start(1, [7] * 8))
+    run(table, step(1, 7, 3))
+    table.fork(fork(2, 1))
+    table.end(1)
+    table.start(start(3, [9]))
+    assert run(table, step(2, 1), step(3, 1, 6)).block_tables[0].tolist() == [[3], [6]]
+
+
+def test_a_copied_block_takes_the_place_of_the_one_that_is_written():
+    table = SequenceTable(1, MAX_LEN, 8, 2)
+    table.start(start(1, [7] * 20))
+    run(table, SequenceStep(seq_id=1, num_tokens=12, new_block_ids=[[3, 4], [5, 6]]))
+    batch = run(table, SequenceStep(seq_id=1, num_tokens=8, new_block_ids=[[8], [9]], copied_block_ids=[10, 11]))
+    assert [blocks.tolist() for blocks in batch.block_tables] == [[[3, 10, 8]], [[5, 11, 9]]]
+    assert [slots[0].item() for slots in batch.slot_mapping] == [10 * 8 + 4, 11 * 8 + 4]
+
+
+def test_tokens_that_a_step_brings_are_computed_by_it(table):
+    table.start(start(1, [7, 8]))
+    run(table, step(1, 2, 3))
+    brought = run(table, SequenceStep(seq_id=1, num_tokens=1, token_ids=[42]))
+    assert brought.token_ids.tolist() == [42]
+    assert table.tokens(1).tolist() == [7, 8, 42]

@@ -10,7 +10,7 @@ import zmq
 
 from kvarto.cluster.engine.zmq_hub import ZmqHub
 from kvarto.protos.codec import decode_from_rank, encode
-from kvarto.protos.step import Lease, RankHello, Shutdown, StepPlan, StepResult
+from kvarto.protos.step import BlockMoves, Lease, RankHello, Shutdown, StepPlan, StepResult
 from kvarto.worker.rank_server import LeaseExpiredError, rank_identity, serve_rank
 
 EPOCH = 3
@@ -19,14 +19,14 @@ WAIT_S = 3.0
 
 class FakeExecutor:
     def __init__(self):
-        self.steps, self.error, self.seconds = [], None, 0.0
+        self.steps, self.error, self.seconds, self.failed_loads = [], None, 0.0, []
 
     def execute(self, plan):
         time.sleep(self.seconds)
         if self.error:
             raise self.error
         self.steps.append(plan.step_id)
-        return StepResult(epoch=plan.epoch, step_id=plan.step_id)
+        return StepResult(epoch=plan.epoch, step_id=plan.step_id, failed_loads=self.failed_loads, seconds=1.0)
 
 
 class Rank:
@@ -81,8 +81,8 @@ def start(hub):
         rank.thread.join(WAIT_S)
 
 
-def plan(step_id, epoch=EPOCH):
-    return StepPlan(epoch=epoch, step_id=step_id)
+def plan(step_id, epoch=EPOCH, **fields):
+    return StepPlan(epoch=epoch, step_id=step_id, **fields)
 
 
 def test_a_rank_says_who_it_is(start):
@@ -105,6 +105,20 @@ def test_rank_0_answers_a_plan(start):
 def test_other_ranks_do_not_answer_a_plan(start):
     rank = start(rank=1)
     rank.send(plan(4), Shutdown(epoch=EPOCH))
+    rank.end()
+    assert rank.receive(0.05) is None
+
+
+def test_other_ranks_answer_a_plan_with_disk_loads_with_those_that_failed(start):
+    rank = start(rank=1)
+    rank.executor.failed_loads = [(1, b"key")]
+    rank.send(plan(4, moves=[BlockMoves(), BlockMoves(disk_loads=[(b"key", 3)])]))
+    assert rank.receive() == StepResult(epoch=EPOCH, step_id=4, rank=1, failed_loads=[(1, b"key")])
+
+
+def test_other_ranks_do_not_answer_a_plan_with_other_moves(start):
+    rank = start(rank=1)
+    rank.send(plan(4, moves=[BlockMoves(swap_ins=[(1, 1)], disk_stores=[(1, b"key")])]), Shutdown(epoch=EPOCH))
     rank.end()
     assert rank.receive(0.05) is None
 

@@ -100,3 +100,35 @@ def test_prompt_logprobs_refuse_what_cannot_be():
     with pytest.raises(NonFiniteLogitsError) as caught:
         sampler.prompt_logprobs(torch.tensor([[0.0] * 10, [torch.nan] * 10]), [3, 4], 1)
     assert caught.value.rows == [1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_likeliest_are_the_head_of_a_stable_sort(world_size):
+    logits = (torch.randn(4, 777, generator=torch.Generator().manual_seed(11)) * 3).bfloat16().float()
+    logits[3, 5:] = -torch.inf
+    counts = [1, 64, 777, 64]
+    bounds = bounds_of(777, world_size)
+
+    def body(comm):
+        start, end = bounds[comm.rank], bounds[comm.rank + 1]
+        found = Sampler(comm, vocab_start=start, local_vocab=end - start).likeliest(logits[:, start:end], counts)
+        return found, comm.num_gathers
+
+    answers = on_ranks(world_size, body)
+    assert all(answer == answers[0] for answer in answers)
+    found, num_gathers = answers[0]
+    assert num_gathers == 1
+    for (token_ids, logprobs), row, count in zip(found, logits, [1, 64, 777, 5], strict=True):
+        order = np.lexsort((np.arange(len(row)), -row.numpy()))[:count]
+        assert token_ids == order.tolist()
+        assert logprobs == pytest.approx(torch.log_softmax(row.double(), 0)[token_ids].tolist(), abs=1e-5)
+
+
+def test_the_likeliest_of_rows_with_bad_numbers_are_refused():
+    comm = ThreadRank(threading.Barrier(1), 0)
+    comm.group.slots = [None]
+    sampler = Sampler(comm, vocab_start=0, local_vocab=10)
+    assert sampler.likeliest(torch.zeros(0, 10), []) == []
+    with pytest.raises(NonFiniteLogitsError) as caught:
+        sampler.likeliest(torch.tensor([[0.0] * 10, [torch.nan] * 10]), [2, 2])
+    assert caught.value.rows == [1]

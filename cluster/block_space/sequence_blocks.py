@@ -1,0 +1,32 @@
+"""What one sequence holds of the block space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class SequenceBlocks:
+    """Block tables of a sequence, empty while it holds nothing. Only the block space changes one."""
+
+    seq_id: int
+    tables: list[list[int]]
+    """Per KV group: a positive entry is a device block, a negative one the host block of that number."""
+    num_tokens: int = 0
+    """Slots filled, by the plans sent so far and the one being made."""
+    capacity: int = 0
+    """Slots of the blocks held."""
+    may_share_tail: bool = False
+    """A fork has made another sequence point at the last, partly filled block."""
+    root: bytes | None = None
+    """What the keys are chained to; None: its blocks are not shared by content."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of the full blocks of the tokens known, as far as they were needed."""
+    num_keyed: int = 0
+    """Leading blocks that were found by their key or offered under it."""
+    priority: int = 0
+    """Of the request: eviction may heed it."""
+
+    @property
+    def holds_device_blocks(self) -> bool:
+        return any(entry > 0 for table in self.tables for entry in table)

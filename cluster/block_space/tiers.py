@@ -1,0 +1,134 @@
+"""Where cached blocks go when the device needs their place: host memory, then a local directory."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from .block_pool import BlockPool
+from .plan_moves import PlanMoves
+
+logger = logging.getLogger(__name__)
+
+MAX_LOADS = 32
+"""Blocks that one request has loaded from disk by one plan: a step must not wait for more reading than this."""
+
+
+class Tiers:
+    """Watches the evictions of the device and host pools. A block falls one tier down unless it is there already."""
+
+    def __init__(
+        self, devices: list[BlockPool], hosts: list[BlockPool], moves: PlanMoves, *, disk_capacity: int = 0,
+        stored_keys: Iterable[bytes] = (), orphaned_keys: Iterable[bytes] = (),
+    ) -> None:
+        """`disk_capacity` in blocks of every KV group, 0: no disk tier; `stored_keys`: what is there, oldest first;
+        `orphaned_keys`: of which some files are missing, so that the others go."""
+        self._hosts = hosts
+        self._moves = moves
+        self.disk_capacity = disk_capacity
+        # Per KV group, oldest first: a key is of use when it is in all of them.
+        self._disk: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in devices]
+        self._loading: dict[bytes, list[int]] = {}
+        for group, device in enumerate(devices):
+            device.on_evict = lambda block_id, key, group=group: self._fall_to_host(group, block_id, key)
+            hosts[group].on_evict = lambda block_id, key, group=group: self._fall_to_disk(group, block_id, key)
+        if disk_capacity:
+            for key in stored_keys:
+                for group, disk in enumerate(self._disk):
+                    disk[key] = None
+                    self._keep_within_capacity(group)
+            for key in orphaned_keys:
+                for group in range(len(self._disk)):
+                    self._moves.disk_drop(group, key)
+
+    @property
+    def num_on_disk(self) -> int:
+        """Blocks of the KV group that has the most there."""
+        return max(len(disk) for disk in self._disk)
+
+    @property
+    def num_loading(self) -> int:
+        return len(self._loading)
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Of the smallest host pool."""
+        return min(host.num_blocks for host in self._hosts)
+
+    def is_loading(self, key: bytes) -> bool:
+        return key in self._loading
+
+    def num_loadable(self, keys: list[bytes]) -> int:
+        """How many of the first `keys` can be loaded from disk, in a row; no more than the host has room for, since
+        they would push each other out."""
+        limit = min(MAX_LOADS, *(host.num_available() for host in self._hosts))
+        count = 0
+        for key in keys[:limit]:
+            on_disk = all(key in disk for disk in self._disk)
+            if not on_disk or key in self._moves.written_keys or key in self._loading:
+                break
+            count += 1
+        return count
+
+    def load(self, keys: list[bytes]) -> None:
+        """Have the plan load blocks into host memory; `num_loadable` has said that it can. They belong to nobody else
+        until `loaded` is called with them."""
+        # What falls to disk for want of host blocks must not push out of it what is about to be read.
+        for key in keys:
+            self._loading[key] = []
+        for key in keys:
+            for group, (host, disk) in enumerate(zip(self._hosts, self._disk, strict=True)):
+                host_id = host.allocate()
+                self._loading[key].append(host_id)
+                self._moves.disk_load(group, key, host_id)
+                disk.move_to_end(key)
+
+    def loaded(self, keys: list[bytes], failed: set[bytes]) -> None:
+        """Every rank has answered. What failed on any of them is a miss, and its files go."""
+        for key in keys:
+            for host, host_id in zip(self._hosts, self._loading.pop(key), strict=True):
+                if key not in failed:
+                    host.register(host_id, key)
+                host.release(host_id)
+            if key in failed:
+                logger.warning("cached block %s could not be read back from disk: it is computed again", key.hex())
+                self.forget(key)
+
+    def forget(self, key: bytes) -> None:
+        """The files of this key are not to be found any more."""
+        for group, disk in enumerate(self._disk):
+            if key in disk:
+                del disk[key]
+                self._moves.disk_drop(group, key)
+
+    def check_integrity(self) -> list[dict[int, int]]:
+        """References that loads hold, per KV group and host block."""
+        assert all(len(disk) <= self.disk_capacity for disk in self._disk)
+        return [{host_ids[group]: 1 for host_ids in self._loading.values()} for group in range(len(self._hosts))]
+
+    def _fall_to_host(self, group: int, block_id: int, key: bytes) -> None:
+        host = self._hosts[group]
+        if host.find(key) is not None or not host.num_available():
+            return
+        host_id = host.allocate()
+        self._moves.swap_out(group, block_id, host_id)
+        host.register(host_id, key)
+        # Not evicted before it is written: until then it is releasing.
+        host.release(host_id, self._moves.step_id)
+
+    def _fall_to_disk(self, group: int, host_id: int, key: bytes) -> None:
+        disk = self._disk[group]
+        # Where all that is there is being read, nothing may take its place.
+        if not self.disk_capacity or key in disk or self.disk_capacity <= len(self._loading):
+            return
+        self._moves.disk_store(group, host_id, key)
+        disk[key] = None
+        self._keep_within_capacity(group)
+
+    def _keep_within_capacity(self, group: int) -> None:
+        disk = self._disk[group]
+        while len(disk) > self.disk_capacity:
+            oldest = next(key for key in disk if key not in self._loading)
+            del disk[oldest]
+            self._moves.disk_drop(group, oldest)

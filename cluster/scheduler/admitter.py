@@ -1,0 +1,108 @@
+"""Starting waiting groups: cached blocks are found, read from disk or swapped in; the urgent displace the others."""
+
+from __future__ import annotations
+
+from ..block_space import Answer, BlockSpace, Match
+from ..policies import Watermark
+from .advancer import Advancer
+from .disk_loads import DiskLoads
+from .preemptor import Preemptor
+from .queues import Queues
+from .sequence import SequenceGroup, Status
+
+
+class Admitter:
+    """Waiting groups start in the order of their keys: one that has to wait keeps those behind it waiting."""
+
+    def __init__(
+        self, space: BlockSpace, queues: Queues, advancer: Advancer, preemptor: Preemptor, loads: DiskLoads, *,
+        max_num_seqs: int, watermark: Watermark,
+    ) -> None:
+        self._space = space
+        self._queues = queues
+        self._advancer = advancer
+        self._preemptor = preemptor
+        self._loads = loads
+        self._max_num_seqs = max_num_seqs
+        self._watermark = watermark
+        self.num_queried_tokens = 0
+        """Prompt tokens of groups that have begun, and of those the ones that were found in the prefix cache."""
+        self.num_hit_tokens = 0
+
+    def admit(self, before_priority: int | None) -> bool:
+        """Start waiting groups in order while seats, blocks and budget last; with `before_priority` only those that
+        are more urgent than it, in the place of less urgent ones. False: one of them has to wait."""
+        # An urgent group may have the tokens kept for those that it displaces.
+        while before_priority is not None or self._advancer.has_budget:
+            group = self._queues.next_waiting()
+            if group is None or (before_priority is not None and group.key[0] >= before_priority):
+                return True
+            if not self._try_admit(group):
+                return False
+        return False
+
+    def _try_admit(self, group: SequenceGroup) -> bool:
+        """Start a group, or park it while the disk is read; False: it has to wait, and so has everybody behind it."""
+        # A preempted sequence whose last result is still on its way: its tokens are not all known yet.
+        if any(sequence.num_pending_tokens for sequence in group.live):
+            return False
+        advancer = self._advancer
+        while True:
+            if self._has_seats(group) and advancer.has_budget:
+                match = self._find(group)
+                if match is None:
+                    return True
+                needed = self._num_needed(group, match)
+                if not advancer.waits_for_blocks and self._space.answer(needed) is Answer.OK:
+                    self._start(group, match)
+                    return True
+                if advancer.waits_for_blocks or self._space.answer(needed, count_releasing=True) is Answer.OK:
+                    return False
+            victim = self._preemptor.pick_victim(group, only_lower_priority=True) if advancer.may_preempt else None
+            if victim is not None:
+                advancer.displace(victim)
+            elif self._queues.running:
+                return False
+            elif not self._preemptor.drop_swapped(group):
+                if group.status is not Status.SWAPPED:
+                    return False
+                self._preemptor.recompute_swapped(group)
+
+    def _has_seats(self, group: SequenceGroup) -> bool:
+        return group.num_seats <= self._max_num_seqs - self._queues.num_seats
+
+    def _find(self, group: SequenceGroup) -> Match | None:
+        """The cached blocks that a group can begin with; None: it was parked while more are read from disk."""
+        leader = group.live[0]
+        if group.status is Status.SWAPPED:
+            return []
+        match = self._advancer.match(leader)
+        if self._advancer.wants_prompt_logprobs(leader):
+            return match
+        wanted = leader.blocks.keys[len(match): (leader.num_tokens - 1) // self._space.block_size]
+        return None if wanted and self._loads.begin(group, wanted) else match
+
+    def _num_needed(self, group: SequenceGroup, match: Match) -> int:
+        """Blocks that must be there for a group to start: its next tokens included, and the watermark."""
+        space = self._space
+        watermark = self._watermark(space.min_pool_blocks, len(self._queues.running))
+        if group.status is Status.SWAPPED:
+            members = [sequence.blocks for sequence in group.live if sequence.has_begun]
+            growth = [(s.blocks, s.num_computed_tokens + s.num_uncomputed_tokens) for s in group.live if s.has_begun]
+            return space.num_to_swap_in(members) + space.num_missing(growth) + watermark
+        leader = group.live[0]
+        return space.num_to_take(match) + space.blocks_for(leader.num_tokens) - len(match) + watermark
+
+    def _start(self, group: SequenceGroup, match: Match) -> None:
+        if group.status is Status.SWAPPED:
+            self._space.swap_in([sequence.blocks for sequence in group.live if sequence.has_begun])
+        else:
+            leader = group.live[0]
+            self._advancer.begin(leader, match)
+            if group.num_cached_tokens < 0:
+                group.num_cached_tokens = min(leader.num_computed_tokens, leader.num_prompt_tokens)
+                self.num_queried_tokens += leader.num_prompt_tokens
+                self.num_hit_tokens += group.num_cached_tokens
+        self._queues.start(group)
+        self._advancer.reserved += group.num_seats
+        self._advancer.advance(group)

@@ -1,0 +1,162 @@
+"""Drafting the next tokens of running groups: how many, on which blocks, and who gives blocks up for them."""
+
+from __future__ import annotations
+
+from ..block_space import BlockSpace, Match
+from .plan_draft import PlanDraft
+from .preemptor import Preemptor
+from .sequence import Sequence, SequenceGroup, Status
+
+
+class Advancer:
+    """One walk over the groups at a time, in the order of their keys, under one token budget."""
+
+    def __init__(self, space: BlockSpace, draft: PlanDraft, preemptor: Preemptor) -> None:
+        self._space = space
+        self._draft = draft
+        self._preemptor = preemptor
+        self.start_walk(0, 0)
+
+    def start_walk(self, budget: int, num_seats: int) -> None:
+        """`num_seats`: sequences of the running groups. Each has a token of the budget kept for it until its turn."""
+        self.budget = budget
+        self.reserved = num_seats
+        self.took_blocks = False
+        """A group was preempted."""
+        self.waits_for_blocks = False
+        """A group waits for releasing blocks, which nobody behind it may take."""
+        self.may_preempt = True
+        """False once the plan names groups behind those whose turn it is."""
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a token is left beside those kept for running sequences."""
+        return self.budget > self.reserved
+
+    def displace(self, victim: SequenceGroup) -> None:
+        """Preempt a group whose turn has not come."""
+        self.took_blocks = True
+        self.reserved -= victim.num_seats
+        self._preemptor.preempt(victim)
+
+    def advance(self, group: SequenceGroup) -> None:
+        """Draft the next tokens of a running group, as far as blocks and budget go."""
+        if len(group.live) > 1 or group.beam_search:
+            self._advance_many(group)
+            return
+        sequence = group.live[0]
+        self.reserved -= 1
+        num_tokens = sequence.num_uncomputed_tokens
+        if num_tokens > 1:
+            num_tokens = min(num_tokens, self.budget - self.reserved)
+        if 0 < num_tokens <= self.budget:
+            self._compute(sequence, num_tokens)
+
+    def _advance_many(self, group: SequenceGroup) -> None:
+        """Sequences that share blocks are drafted together, so that none of them is taken for a victim half-way."""
+        self.reserved -= group.num_seats
+        wanted: list[tuple[Sequence, int]] = []
+        budget = self.budget - self.reserved
+        for sequence in group.live:
+            if not sequence.has_begun and (group.is_forked or sequence is not group.live[0]):
+                continue
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            if num_tokens > 0:
+                wanted.append((sequence, num_tokens))
+                budget -= num_tokens
+        missing = self._space.num_missing([(s.blocks, s.num_computed_tokens + n) for s, n in wanted])
+        if wanted and not self._make_room(group, missing):
+            return
+        for sequence, num_tokens in wanted:
+            self._compute(sequence, num_tokens)
+        if group.is_forked:
+            self._begin_next(group, drafted=bool(wanted))
+
+    def _begin_next(self, group: SequenceGroup, *, drafted: bool) -> None:
+        """Sequences that must be computed again begin one after another, each finding what those before it hold."""
+        for sequence in group.live:
+            if sequence.has_begun:
+                if sequence.num_uncomputed_tokens > 1:
+                    return
+                continue
+            match = self.match(sequence)
+            num_cached = len(match) * self._space.block_size
+            num_tokens = min(sequence.num_tokens - num_cached, self.budget - self.reserved)
+            if num_tokens <= 0:
+                return
+            needed = self._space.num_to_take(match) + self._space.blocks_for(num_cached + num_tokens) - len(match)
+            if not self._make_room(group, needed, may_be_victim=not drafted):
+                return
+            # Making room may have evicted, or moved, what was found.
+            match = self.match(sequence)[: len(match)]
+            if len(match) * self._space.block_size < num_cached:
+                return
+            self.begin(sequence, match)
+            self._compute(sequence, num_tokens)
+            drafted = True
+
+    def begin(self, sequence: Sequence, match: Match) -> None:
+        """A sequence that holds nothing takes the cached blocks of a match."""
+        self._space.attach(sequence.blocks, match)
+        sequence.num_computed_tokens = sequence.blocks.num_tokens
+
+    def _compute(self, sequence: Sequence, num_tokens: int) -> None:
+        """Draft `num_tokens` of a sequence, preempting others for the blocks that it needs."""
+        space, group = self._space, sequence.group
+        target = sequence.num_computed_tokens + num_tokens
+        new: list[list[int]] = []
+        copied: list[int] = []
+        if not space.extend_in_place(sequence.blocks, target):
+            if not self._make_room(group, space.num_missing([(sequence.blocks, target)])):
+                return
+            new, copied = space.grow(sequence.blocks, target)
+        reaches_end = target == sequence.num_tokens
+        self._draft.compute(sequence, num_tokens, new, copied)
+        self.budget -= num_tokens
+        if num_tokens > 1:
+            space.offer(sequence.blocks, sequence.token_ids)
+        if not reaches_end:
+            return
+        if group.beam_search:
+            sequence.sampling_step_id = self._draft.step_id
+            return
+        sequence.num_pending_tokens += 1
+        if not group.is_forked:
+            group.is_forked = True
+            for follower in group.live[1:]:
+                self._draft.add_sibling(sequence, follower)
+
+    def _make_room(self, group: SequenceGroup, count: int, *, may_be_victim: bool = True) -> bool:
+        """Have `count` blocks free for `group`, preempting groups behind it and in the end itself.
+
+        False when it has to wait, or was preempted. Where releasing blocks will do, it waits for them, and nobody
+        behind it takes them: preempting more groups would not bring them sooner.
+        """
+        if not count:
+            return True
+        while not self._space.has_room(count):
+            if self.waits_for_blocks or self._space.has_room(count, count_releasing=True):
+                self.waits_for_blocks = True
+                return False
+            if not self.may_preempt:
+                return False
+            victim = self._preemptor.pick_victim(group)
+            self.took_blocks = True
+            if victim is not None:
+                self.displace(victim)
+            elif not self._preemptor.drop_swapped(group):
+                if may_be_victim and group.status is Status.RUNNING:
+                    self._preemptor.preempt(group)
+                return False
+        return not self.waits_for_blocks
+
+    def match(self, sequence: Sequence) -> list[list[int]]:
+        if self.wants_prompt_logprobs(sequence):
+            return []
+        return self._space.match(sequence.blocks, sequence.token_ids)
+
+    def wants_prompt_logprobs(self, sequence: Sequence) -> bool:
+        """Whether every prompt token must be computed for its log probability: until the first token has come."""
+        group = sequence.group
+        return (group.request.params.prompt_logprobs is not None and sequence is group.live[0]
+                and len(sequence.token_ids) == sequence.num_prompt_tokens)

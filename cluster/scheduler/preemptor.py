@@ -1,0 +1,98 @@
+"""Making room: which group gives its blocks up, and whether they move to the host or are computed again."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from ..block_space import BlockSpace
+from ..policies import PREEMPTION, VICTIM, Choice, Costs, pick
+from .plan_draft import PlanDraft
+from .queues import Queues
+from .sequence import SequenceGroup, Status
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptionRecord:
+    """One preemption: for the log."""
+
+    request_id: str
+    num_blocks: int
+    num_tokens: int
+    choice: Choice
+    swapped: bool
+    host_is_full: bool
+    """Why it was not swapped although that was the choice."""
+
+
+class Preemptor:
+    """Takes the blocks of running groups. Victims are behind the group that needs room: it is not in the plan yet."""
+
+    def __init__(
+        self, space: BlockSpace, queues: Queues, draft: PlanDraft, *, preemption_mode: str, victim_policy: str,
+        costs: Costs,
+    ) -> None:
+        """Raises `ConfigError` for an unknown policy."""
+        self._space = space
+        self._queues = queues
+        self._draft = draft
+        self._choose = pick(PREEMPTION, "preemption_mode", preemption_mode)
+        self._victim = pick(VICTIM, "victim_policy", victim_policy)
+        self.costs = costs
+        self.num_swaps = 0
+        self.num_recomputes = 0
+        self.records: deque[PreemptionRecord] = deque(maxlen=1000)
+        """Not logged yet; the engine does that."""
+
+    def pick_victim(self, group: SequenceGroup, *, only_lower_priority: bool = False) -> SequenceGroup | None:
+        """A running group behind `group` that the plan does not name."""
+        step_id = self._draft.step_id
+        behind = [other for other in self._queues.behind(group)
+                  if all(sequence.last_step_id != step_id for sequence in other.live)]
+        if only_lower_priority:
+            behind = [other for other in behind if other.key[0] > group.key[0]]
+        return behind[self._victim(behind)] if behind else None
+
+    def preempt(self, group: SequenceGroup) -> None:
+        """Take the blocks of a running group and queue it again."""
+        draft, space = self._draft, self._space
+        begun = [sequence for sequence in group.live if sequence.has_begun]
+        members = [sequence.blocks for sequence in begun]
+        # What sequences share is moved, or computed again, once.
+        num_held = len({entry for blocks in members for entry in blocks.tables[0]})
+        num_tokens = min(group.num_computed_tokens, num_held * space.block_size)
+        num_blocks = space.num_to_swap_out(members)
+        choice = self._choose(self.costs, num_held if num_blocks is None else num_blocks, num_tokens)
+        swap = choice.swap and num_blocks is not None and num_tokens > 0
+        self.records.append(PreemptionRecord(
+            group.request.request_id, num_held, num_tokens, choice, swap, host_is_full=num_blocks is None))
+        if swap:
+            self.num_swaps += 1
+            space.swap_out(members, busy_until=max(sequence.last_step_id for sequence in begun))
+            for sequence in begun:
+                draft.leave_ranks(sequence)
+            self._queues.requeue(group, Status.SWAPPED)
+        else:
+            self.num_recomputes += 1
+            self._recompute(group)
+
+    def drop_swapped(self, group: SequenceGroup) -> bool:
+        """Let the last of the swapped groups other than `group` that still hold device blocks be computed again, so
+        that these come free. False: there is none."""
+        other = self._queues.last_pinning(group)
+        if other is None:
+            return False
+        self.recompute_swapped(other)
+        return True
+
+    def recompute_swapped(self, group: SequenceGroup) -> None:
+        """A swapped group that cannot come back begins anew; it keeps its place in the queue."""
+        self.num_recomputes += 1
+        for sequence in group.live:
+            self._draft.release(sequence)
+        group.status = Status.WAITING
+
+    def _recompute(self, group: SequenceGroup) -> None:
+        for sequence in group.live:
+            self._draft.release(sequence)
+        self._queues.requeue(group, Status.WAITING)

@@ -1,0 +1,176 @@
+"""The memory model itself: it executes what the contract allows, and finds what the contract forbids."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from kvarto.protos.sampling import SamplingParams
+from kvarto.protos.step import BlockMoves, SequenceFork, SequenceStart, SequenceStep, StepPlan
+
+_spec = importlib.util.spec_from_file_location("memory_model", Path(__file__).with_name("memory_model.py"))
+assert _spec and _spec.loader
+memory_model = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(memory_model)
+
+PROMPT = [10, 11, 12, 13, 14, 15]
+"""A block and a half."""
+
+
+def rank(**options):
+    return memory_model.MemoryModelRank(4, 8, 8, disk_capacity=8, eos_token_ids=(3,), **options)
+
+
+def plan(*steps, moves=None, **fields):
+    return StepPlan(epoch=1, step_id=0, steps=list(steps), moves=[BlockMoves(**moves)] if moves else [], **fields)
+
+
+def start(seq_id=0, tokens=PROMPT, computed=0, seq_index=0, **params):
+    return SequenceStart(
+        seq_id=seq_id, seq_index=seq_index, token_ids=list(tokens), num_prompt_tokens=len(PROMPT),
+        num_computed_tokens=computed, params=SamplingParams(**params))
+
+
+def step(seq_id=0, num_tokens=1, blocks=(), **fields):
+    return SequenceStep(seq_id=seq_id, num_tokens=num_tokens, new_block_ids=[list(blocks)] if blocks else [], **fields)
+
+
+def fork(seq_id, parent=0, seq_index=1):
+    return SequenceFork(seq_id=seq_id, parent_seq_id=parent, seq_index=seq_index)
+
+
+def prefilled(**params):
+    ranks = rank()
+    ranks.execute(plan(step(num_tokens=6, blocks=[1, 2]), starts=[start(**params)]))
+    return ranks
+
+
+def test_a_sequence_alone_gets_its_tokens_chunk_by_chunk():
+    ranks = rank()
+    tokens = []
+    for chunk in (plan(step(num_tokens=4, blocks=[1]), starts=[start()]), plan(step(num_tokens=2, blocks=[2])),
+                  plan(step()), plan(step()), plan(step(blocks=[3]))):
+        tokens += [token.token_id for token in ranks.execute(chunk)[0].tokens]
+    assert tokens == memory_model.generate(PROMPT, 4, eos=-1)
+
+
+def test_completions_of_one_prompt_differ():
+    assert memory_model.generate(PROMPT, 9, -1, 0) != memory_model.generate(PROMPT, 9, -1, 1)
+
+
+def test_siblings_sample_their_own_tokens_and_copy_the_shared_block():
+    ranks = rank()
+    first = ranks.execute(plan(step(num_tokens=6, blocks=[1, 2]), starts=[start(n=2)], siblings=[fork(5)]))[0]
+    second = ranks.execute(plan(step(0, copied_block_ids=[3]), step(5), moves={"copies": [(2, 3)]}))[0]
+    for seq_id, index in ((0, 0), (5, 1)):
+        tokens = [token.token_id for result in (first, second) for token in result.tokens if token.seq_id == seq_id]
+        assert tokens == memory_model.generate(PROMPT, 2, -1, index)
+
+
+def test_a_shared_block_is_not_written_in_place():
+    ranks = rank()
+    ranks.execute(plan(step(num_tokens=6, blocks=[1, 2]), starts=[start(n=2)], siblings=[fork(5)]))
+    with pytest.raises(AssertionError, match="which sequence"):
+        ranks.execute(plan(step(0), step(5)))
+
+
+def test_a_copied_block_without_its_copy_is_found():
+    ranks = rank()
+    ranks.execute(plan(step(num_tokens=6, blocks=[1, 2]), starts=[start(n=2)], siblings=[fork(5)]))
+    with pytest.raises(AssertionError, match="nothing brings its contents"):
+        ranks.execute(plan(step(0, copied_block_ids=[3]), step(5)))
+
+
+def test_a_beam_appends_nothing_and_is_forked_with_the_token_that_the_head_chose():
+    ranks = rank()
+    params = dict(beam_width=2)
+    result = ranks.execute(plan(step(num_tokens=6, blocks=[1, 2]), starts=[start(**params)]))[0]
+    assert not result.tokens and len(result.beams[0].token_ids) == 4
+    first, second = result.beams[0].token_ids[:2]
+    assert sorted(result.beams[0].logprobs, reverse=True) == result.beams[0].logprobs
+    result = ranks.execute(plan(
+        step(7, token_ids=[first], copied_block_ids=[4]), step(8, token_ids=[second]), moves={"copies": [(2, 4)]},
+        forks=[fork(7), fork(8)], ends=[0]))[0]
+    assert [beam.seq_id for beam in result.beams] == [7, 8]
+
+
+def test_sequences_that_start_together_share_the_block_that_one_of_them_writes():
+    ranks = rank()
+    result = ranks.execute(plan(
+        step(0, 6, [1, 2]), step(1, 2, [1, 3]), starts=[start(0), start(1, computed=4)]))[0]
+    assert len({token.token_id for token in result.tokens}) == 1
+
+
+def test_another_prompt_in_the_shared_block_is_found():
+    ranks = prefilled()
+    with pytest.raises(AssertionError, match="reads what is not its own"):
+        ranks.execute(plan(step(1, 2, [1, 3]), starts=[start(1, [9, *PROMPT[1:]], computed=4)]))
+
+
+def test_a_swapped_sequence_goes_on():
+    ranks = prefilled()
+    tokens = PROMPT + memory_model.generate(PROMPT, 1, -1)
+    ranks.execute(plan(moves={"swap_outs": [(1, 5), (2, 6)]}, ends=[0]))
+    result = ranks.execute(plan(
+        step(0, 1, [2, 1]), starts=[start(tokens=tokens, computed=6)], moves={"swap_ins": [(5, 2), (6, 1)]}))[0]
+    assert result.tokens[0].token_id == memory_model.generate(PROMPT, 2, -1)[1]
+
+
+def test_a_block_emptied_by_a_swap_out_is_a_destination_but_for_copies_that_read_it():
+    ranks = prefilled()
+    ranks.execute(plan(moves={"swap_outs": [(1, 5), (2, 6)], "swap_ins": [(4, 1)]}, ends=[0]))
+    ranks = prefilled()
+    with pytest.raises(AssertionError, match="overwrites a device block"):
+        ranks.execute(plan(
+            moves={"swap_outs": [(1, 5), (2, 6)], "swap_ins": [(4, 1)], "copies": [(1, 7)]}, ends=[0]))
+
+
+@pytest.mark.parametrize(("moves", "message"), [
+    ({"copies": [(1, 2)]}, "overwrites a device block"),
+    ({"copies": [(3, 4), (5, 4)]}, "brought two contents"),
+    ({"copies": [(0, 4)]}, "out of range"),
+    ({"swap_ins": [(1, 9)]}, "out of range"),
+    ({"swap_outs": [(3, 1)], "swap_ins": [(1, 4)]}, "overwrites a host block"),
+    ({"disk_stores": [(1, b"k")]}, "unwritten slot"),
+])
+def test_moves_that_break_the_rule_are_found(moves, message):
+    with pytest.raises(AssertionError, match=message):
+        prefilled().execute(plan(moves=moves))
+
+
+def test_a_block_comes_back_from_disk_and_every_rank_answers():
+    ranks = prefilled()
+    ranks.execute(plan(moves={"swap_outs": [(1, 5)]}, ends=[0]))
+    ranks.execute(plan(moves={"disk_stores": [(5, b"k")]}))
+    results = ranks.execute(plan(moves={"disk_loads": [(b"k", 6)]}))
+    assert [(result.rank, result.failed_loads) for result in results] == [(0, []), (1, [])]
+    ranks.execute(plan(step(1, 2, [4, 3]), starts=[start(1, computed=4)], moves={"swap_ins": [(6, 4)]}))
+
+
+def test_a_load_that_failed_leaves_garbage():
+    ranks = prefilled()
+    ranks.execute(plan(moves={"swap_outs": [(1, 5)]}, ends=[0]))
+    ranks.execute(plan(moves={"disk_stores": [(5, b"k")]}))
+    results = ranks.execute(plan(moves={"disk_loads": [(b"k", 6)]}), corrupt=[b"k"])
+    assert [result.failed_loads for result in results] == [[], [(0, b"k")]]
+    with pytest.raises(AssertionError, match="reads what is not its own"):
+        ranks.execute(plan(step(1, 2, [4, 3]), starts=[start(1, computed=4)], moves={"swap_ins": [(6, 4)]}))
+
+
+def test_a_sequence_that_failed_samples_no_more():
+    ranks = rank()
+    result = ranks.execute(plan(step(num_tokens=6, blocks=[1, 2]), starts=[start()]), failing=[0])[0]
+    assert [failure.seq_id for failure in result.failures] == [0]
+    result = ranks.execute(plan(step()))[0]
+    assert not result.tokens and not result.failures
+
+
+def test_prompt_logprobs_come_chunk_by_chunk():
+    ranks = rank()
+    found = []
+    for chunk in (plan(step(num_tokens=4, blocks=[1]), starts=[start(prompt_logprobs=0)]),
+                  plan(step(num_tokens=2, blocks=[2]))):
+        found += [entry.token_id for part in ranks.execute(chunk)[0].prompt_logprobs for entry in part.positions]
+    assert found == PROMPT[1:]
