@@ -45,8 +45,8 @@ class Metrics:
                 ("prefix_queried_tokens", "Prompt tokens that were looked up in the prefix cache"),
                 ("prefix_hit_tokens", "Prompt tokens that were found in the prefix cache"),
                 ("num_copied_blocks", "Blocks copied on write"),
-                ("swap_out_bytes", "Bytes moved from device to host blocks"),
-                ("swap_in_bytes", "Bytes moved from host to device blocks"),
+                ("swap_out_bytes", "Bytes moved to host memory: swapped sequences and cached blocks that fall"),
+                ("swap_in_bytes", "Bytes moved from host memory: swapped sequences and cached blocks that are found"),
                 ("swap_seconds", "Seconds that rank 0 spent on block moves"))}
 
     def on_delta(self, group: SequenceGroup, delta: Delta, now: float) -> None:

@@ -209,6 +209,14 @@ class BlockSpace:
             found.append(places)
         return found
 
+    def refresh(self, match: Match) -> None:
+        """Host blocks of a match are now the last to be evicted."""
+        for places in match:
+            for host, place in zip(self.hosts, places, strict=True):
+                if place < 0:
+                    host.take(-place)
+                    host.release(-place)
+
     def num_to_take(self, match: Match) -> int:
         """Available device blocks, of the tightest KV group, that attaching a match uses up."""
         return max((sum(places[group] < 0 or device.states[places[group]] in (State.CACHED, State.EMPTIED)
@@ -255,7 +263,7 @@ class BlockSpace:
 
     def disown_keys(self, blocks: SequenceBlocks) -> None:
         """What nobody else holds is not to be found, in no tier: its contents may be wrong."""
-        for key in blocks.keys[: blocks.num_keyed]:
+        for key in blocks.keys:
             for pool in (*self.devices, *self.hosts):
                 block_id = pool.find(key)
                 if block_id is not None and pool.ref_counts[block_id] <= 1:

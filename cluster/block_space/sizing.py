@@ -64,8 +64,8 @@ def num_host_blocks(
             free -= sum((n + 1) * b for n, b in zip(device_blocks, rank.block_bytes, strict=True))
         if config.swap_space_bytes is not None:
             if config.swap_space_bytes > free:
-                raise ResourcesError(f"swap_space_bytes={config.swap_space_bytes} is more than the {max(0, free)} bytes "
-                                     "of host memory that a rank may take: lower it")
+                raise ResourcesError(f"swap_space_bytes={config.swap_space_bytes} is more than the {max(0, free)} "
+                                     "bytes of host memory that a rank may take: lower it")
             counts.append(config.swap_space_bytes // size)
         else:
             counts.append(min(int(max(0, free) * SWAP_SHARE_OF_AVAILABLE), CPU_SWAP_CAP_BYTES) // size)

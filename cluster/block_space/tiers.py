@@ -30,6 +30,7 @@ class Tiers:
         # Per KV group, oldest first: a key is of use when it is in all of them.
         self._disk: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in devices]
         self._loading: dict[bytes, list[int]] = {}
+        self._unwanted: set[bytes] = set()
         for group, device in enumerate(devices):
             device.on_evict = lambda block_id, key, group=group: self._fall_to_host(group, block_id, key)
             hosts[group].on_evict = lambda block_id, key, group=group: self._fall_to_disk(group, block_id, key)
@@ -59,10 +60,10 @@ class Tiers:
     def is_loading(self, key: bytes) -> bool:
         return key in self._loading
 
-    def num_loadable(self, keys: list[bytes]) -> int:
-        """How many of the first `keys` can be loaded from disk, in a row; no more than the host has room for, since
-        they would push each other out."""
-        limit = min(MAX_LOADS, *(host.num_available() for host in self._hosts))
+    def num_loadable(self, keys: list[bytes], num_kept: int = 0) -> int:
+        """How many of the first `keys` can be loaded from disk, in a row; no more than the host has room for beside
+        `num_kept` blocks, since they would push each other out."""
+        limit = min(MAX_LOADS, *(max(0, host.num_available() - num_kept) for host in self._hosts))
         count = 0
         for key in keys[:limit]:
             on_disk = all(key in disk for disk in self._disk)
@@ -87,8 +88,10 @@ class Tiers:
     def loaded(self, keys: list[bytes], failed: set[bytes]) -> None:
         """Every rank has answered. What failed on any of them is a miss, and its files go."""
         for key in keys:
+            unusable = key in failed or key in self._unwanted
+            self._unwanted.discard(key)
             for host, host_id in zip(self._hosts, self._loading.pop(key), strict=True):
-                if key not in failed:
+                if not unusable:
                     host.register(host_id, key)
                 host.release(host_id)
             if key in failed:
@@ -96,7 +99,9 @@ class Tiers:
                 self.forget(key)
 
     def forget(self, key: bytes) -> None:
-        """The files of this key are not to be found any more."""
+        """The files of this key are not to be found any more, nor what is being read from them."""
+        if key in self._loading:
+            self._unwanted.add(key)
         for group, disk in enumerate(self._disk):
             if key in disk:
                 del disk[key]

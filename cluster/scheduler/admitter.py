@@ -80,7 +80,11 @@ class Admitter:
         if self._advancer.wants_prompt_logprobs(leader):
             return match
         wanted = leader.blocks.keys[len(match): (leader.num_tokens - 1) // self._space.block_size]
-        return None if wanted and self._loads.begin(group, wanted) else match
+        if wanted and self._space.tiers.disk_capacity:
+            self._space.refresh(match)
+            if self._loads.begin(group, wanted, num_kept=sum(places[0] < 0 for places in match)):
+                return None
+        return match
 
     def _num_needed(self, group: SequenceGroup, match: Match) -> int:
         """Blocks that must be there for a group to start: its next tokens included, and the watermark."""

@@ -36,16 +36,17 @@ class DiskLoads:
         """Whether ranks owe an answer."""
         return bool(self._in_flight)
 
-    def begin(self, group: SequenceGroup, keys: list[bytes]) -> bool:
-        """Park a group if blocks of these keys, in a row, can be read for it or are being read for another. Once: what
-        is evicted again before the group starts is computed."""
+    def begin(self, group: SequenceGroup, keys: list[bytes], num_kept: int) -> bool:
+        """Park a group if blocks of these keys, in a row, can be read for it or are being read for another, without
+        pushing out the `num_kept` host blocks that it needs as well. Once: what is evicted again before the group
+        starts is computed."""
         load = self._find(keys[0])
         if load is not None:
             load.groups.append(group)
-        elif not group.has_loaded and (count := self._tiers.num_loadable(keys)):
+        elif not group.has_loaded and (count := self._tiers.num_loadable(keys, num_kept)):
             group.has_loaded = True
             # More than the host can hold at once would push out what was read first.
-            self._draft(_Load([group], [], keys[: self._tiers.num_host_blocks]), count)
+            self._draft(_Load([group], [], keys[: self._tiers.num_host_blocks - num_kept]), count)
         else:
             return False
         self._queues.park(group)

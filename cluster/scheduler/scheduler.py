@@ -75,6 +75,8 @@ class Scheduler:
         group = SequenceGroup(request, owner, self._next_serial, max_tokens, (request.priority, self._next_serial))
         self._next_serial += 1
         outputs = request.output_token_ids
+        if len(set(request.ended_indices)) >= params.num_sequences:
+            raise InvalidRequestError("every sequence of the request has ended", param="ended_indices")
         if any(len(output) >= max_tokens for index, output in enumerate(outputs) if index not in request.ended_indices):
             raise InvalidRequestError(f"a sequence that has all of its {max_tokens} tokens is not marked as ended",
                                       param="ended_indices")

@@ -13,11 +13,11 @@ LABEL_GAP = 16
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #24292f } .title { font-size: 16px; font-weight: 600 }
 .note { fill: #57606a } .grid { stroke: #d0d7de } .axis { stroke: #57606a }
-.a { stroke: #0969da; fill: #0969da } .b { stroke: #bc4c00; fill: #bc4c00 } polyline { fill: none; stroke-width: 2.5 }
-text.a, text.b { stroke: none }
+.a { stroke: #0969da; fill: #0969da } .b { stroke: #bc4c00; fill: #bc4c00 }
+polyline.a, polyline.b { fill: none; stroke-width: 2.5 } text.a, text.b { stroke: none }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 } .note { fill: #9198a1 } .grid { stroke: #30363d } .axis { stroke: #9198a1 }
-  .a { stroke: #58a6ff; fill: #58a6ff } .b { stroke: #f0883e; fill: #f0883e } polyline { fill: none }
+  .a { stroke: #58a6ff; fill: #58a6ff } .b { stroke: #f0883e; fill: #f0883e }
 }
 """
 

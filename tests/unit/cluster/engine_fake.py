@@ -7,6 +7,7 @@ from collections import deque
 from pathlib import Path
 
 from kvarto.cluster.block_space import BlockSpace
+from kvarto.cluster.block_space.prefix_keys import PrefixKeys
 from kvarto.cluster.engine.engine import Engine
 from kvarto.cluster.engine.loop import EngineLoop
 from kvarto.cluster.metrics import Metrics
@@ -63,8 +64,9 @@ class FakeTransport:
 class FakeLink:
     """Ranks that execute a plan when `step` is called. `send_error` and `receive_error` are raised once set."""
 
-    def __init__(self, log, num_blocks, num_host_blocks):
-        self.rank = memory_model.MemoryModelRank(BLOCK_SIZE, num_blocks, num_host_blocks)
+    def __init__(self, log, num_blocks, num_host_blocks, disk_capacity=0):
+        self.rank = memory_model.MemoryModelRank(
+            BLOCK_SIZE, num_blocks, num_host_blocks, disk_capacity=disk_capacity)
         self.log, self.plans, self.results = log, deque(), []
         self.connected, self.has_result, self.closed, self.num_leases = True, False, False, 0
         self.send_error = self.receive_error = None
@@ -88,19 +90,22 @@ class FakeLink:
         self.closed = True
 
     def step(self):
-        """Let the ranks end the oldest plan that they have."""
+        """Let the ranks end the oldest plan that they have. Returns the results on their way."""
         self.results.extend(self.rank.execute(self.plans.popleft()))
+        return self.results
 
 
 class World:
     """A loop with `num_groups` worker groups that have joined."""
 
     def __init__(self, num_groups=1, *, num_blocks=64, num_host_blocks=0, caching=False, max_num_seqs=8, budget=64,
-                 max_in_flight=2):
+                 max_in_flight=2, disk=()):
+        """`disk`: a prompt whose full blocks are on disk."""
         self.clock, self.log, self.failed = Clock(), [], []
         self.transport = FakeTransport(self.log)
         self.metrics = Metrics()
         self.num_blocks, self.num_host_blocks, self.caching = num_blocks, num_host_blocks, caching
+        self.disk = list(disk)
         self.limits, self.max_in_flight = SchedulerLimits(max_num_seqs, budget), max_in_flight
         self.loop = EngineLoop(
             self.transport, self.metrics, on_group_failed=lambda *args: self.failed.append(args), clock=self.clock)
@@ -111,12 +116,13 @@ class World:
 
     def join(self, index, *, connected=True, on_ready=lambda: None):
         epoch = len(self.engines) + 1
-        link = FakeLink(self.log, self.num_blocks, self.num_host_blocks)
+        link = FakeLink(self.log, self.num_blocks, self.num_host_blocks, len(self.disk) // BLOCK_SIZE)
         link.connected, link.max_in_flight = connected, self.max_in_flight
         space = BlockSpace(
             [KVGroupSpec(layer_ids=(0,))], [self.num_blocks], BLOCK_SIZE, num_host_blocks=[self.num_host_blocks],
-            enable_prefix_caching=self.caching)
-        scheduler = Scheduler(space, self.limits, epoch=epoch)
+            enable_prefix_caching=self.caching, disk_capacity=len(self.disk) // BLOCK_SIZE,
+            stored_keys=self._store(link))
+        scheduler = Scheduler(space, self.limits, epoch=epoch, num_ranks=2)
         engine = Engine(
             scheduler, link, make_info(epoch=epoch, num_blocks=self.num_blocks), self.metrics, async_scheduling=True,
             step_timeout_s=STEP_TIMEOUT_S, check_integrity=True, block_bytes=[BLOCK_BYTES])
@@ -124,6 +130,14 @@ class World:
         self.links.append(link)
         self.loop.add_group(index, engine, on_ready)
         return engine
+
+    def _store(self, link):
+        """Write the prompt to the disk of the ranks. Returns its keys."""
+        prefix_keys, keys = PrefixKeys(b"", BLOCK_SIZE), []
+        prefix_keys.extend(keys, prefix_keys.root("shared/"), self.disk, len(self.disk))
+        contents = memory_model.stand_in.chain(self.disk)
+        link.rank.disk = {key: contents[BLOCK_SIZE * i: BLOCK_SIZE * (i + 1)] for i, key in enumerate(keys)}
+        return keys
 
     def post(self, *messages, owner=b"a"):
         """Messages of a frontend, dealt with by one turn of the loop."""

@@ -49,12 +49,13 @@ class World:
         self.in_flight, self.plans, self.deltas = deque(), [], []
         self.groups, self.names, self.computed = {}, {}, Counter()
 
-    def add(self, name, length=3, priority=0, *, prompt=None, salt="", produced=(), **params):
+    def add(self, name, length=3, priority=0, *, prompt=None, salt="", produced=(), ended=(), **params):
+        """`produced`: what each sequence had before a recovery; `ended`: which of them had had their last token."""
         prompt = prompt or prompt_of(length, start=len(self.groups))
         params = SamplingParams(**{"max_tokens": 5, "ignore_eos": True} | params)
         group = self.groups[name] = self.scheduler.add(
             AddRequest(request_id=name, prompt_token_ids=prompt, params=params, priority=priority, cache_salt=salt,
-                       output_token_ids=list(produced)), OWNER, params.max_tokens)
+                       output_token_ids=list(produced), ended_indices=list(ended)), OWNER, params.max_tokens)
         return group
 
     def cancel(self, name, seq_index=None):

@@ -21,14 +21,11 @@ def key(number):
     return bytes([number]) * 16
 
 
-def cached(pool, number, priority=0, num_hits=0):
-    """A block that holds the prefix `number` and is nobody's, after so many hits."""
+def cached(pool, number):
+    """A block that holds the prefix `number` and is nobody's."""
     block_id = pool.allocate()
-    pool.register(block_id, key(number), priority)
+    pool.register(block_id, key(number))
     pool.release(block_id)
-    for _ in range(num_hits):
-        pool.take(block_id)
-        pool.release(block_id)
     return block_id
 
 
@@ -183,14 +180,32 @@ def emptied(pool):
     return block_id
 
 
-def test_an_emptied_block_is_the_first_to_be_given_out_within_its_plan():
-    pool = make(3)
+def test_an_emptied_block_is_given_out_within_its_plan_once_none_is_free():
+    """Until then its contents may still be found."""
+    pool = make(2)
+    block_id = emptied(pool)
+    free = 3 - block_id
+    assert [pool.allocate(), pool.allocate()] == [free, block_id]
+
+
+def test_an_emptied_block_is_given_out_before_a_cached_one():
+    pool = make(2)
+    cached(pool, 2)
     block_id = emptied(pool)
     assert pool.allocate() == block_id
+    assert pool.find(key(2)) is not None
+
+
+def test_of_several_emptied_blocks_the_first_to_be_emptied_is_given_out_first():
+    pool = make(2)
+    block_ids = [pool.allocate(), pool.allocate()]
+    for block_id in reversed(block_ids):
+        pool.empty(block_id)
+    assert [pool.allocate(), pool.allocate()] == block_ids[::-1]
 
 
 def test_an_emptied_block_that_is_given_out_is_found_no_more():
-    pool = make(3)
+    pool = make(1)
     emptied(pool)
     pool.allocate()
     assert pool.find(key(1)) is None

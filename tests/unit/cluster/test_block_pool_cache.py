@@ -6,7 +6,6 @@ import pytest
 
 from kvarto.cluster.block_space import BlockPool, State
 from kvarto.cluster.policies import EVICTION
-from kvarto.protos.errors import KvartoError
 
 FREE, CACHED, RELEASING, EMPTIED, USED = State
 
@@ -26,6 +25,7 @@ def cached(pool, number, priority=0, num_hits=0):
     pool.release(block_id)
     for _ in range(num_hits):
         pool.take(block_id)
+        pool.count_hit(block_id)
         pool.release(block_id)
     return block_id
 
@@ -98,6 +98,19 @@ def test_retention_evicts_what_urgent_requests_filled_after_the_rest():
     assert evicted(pool, 4) == [4, 2, 3, 1]
 
 
+def test_one_more_reference_alone_is_no_hit():
+    """A fork takes a block, too."""
+    pool = make(2, "retention")
+    first = cached(pool, 1)
+    cached(pool, 2)
+    pool.take(first)
+    pool.take(first)
+    pool.release(first)
+    pool.release(first)
+    assert evicted(pool, 2) == [2, 1]
+    assert pool._uses[first] == (0, 0)
+
+
 def test_lru_heeds_neither_hits_nor_priorities():
     pool = make(2)
     cached(pool, 1, priority=-1, num_hits=3)
@@ -134,7 +147,7 @@ def test_the_second_of_two_with_one_prefix_is_free_when_it_is_given_back():
     assert (pool.states[second], pool.find(key(1))) == (FREE, first)
 
 
-def test_an_unregistered_block_is_free_when_it_is_given_back():
+def test_a_block_that_is_to_be_forgotten_is_free_when_it_is_given_back():
     pool = make()
     block_id = pool.allocate()
     pool.register(block_id, key(1))
@@ -143,8 +156,47 @@ def test_an_unregistered_block_is_free_when_it_is_given_back():
     assert (pool.states[block_id], pool.find(key(1))) == (FREE, None)
 
 
-def test_a_cached_block_cannot_be_unregistered():
+@pytest.mark.parametrize(("eviction", "priority", "num_hits"), [("lru", 0, 0), ("retention", -1, 2)])
+def test_a_cached_block_that_is_forgotten_is_free(eviction, priority, num_hits):
+    pool = make(2, eviction)
+    block_id = cached(pool, 1, priority, num_hits)
+    pool.forget(block_id)
+    pool.check_integrity({})
+    assert (pool.states[block_id], pool.find(key(1))) == (FREE, None)
+
+
+def test_nobody_is_told_of_the_eviction_of_a_block_that_was_forgotten():
+    pool = make(1)
+    pool.forget(cached(pool, 1))
+    assert evicted(pool, 1) == []
+
+
+@pytest.mark.parametrize("give_back", [
+    lambda pool, block_id: pool.release(block_id, busy_until=4),
+    lambda pool, block_id: (pool.empty(block_id), pool.end_plan(4)),
+], ids=["releasing", "emptied"])
+def test_a_block_that_is_forgotten_while_a_plan_names_it_is_free_after_that(give_back):
+    pool = make(1)
+    block_id = pool.allocate()
+    pool.register(block_id, key(1))
+    give_back(pool, block_id)
+    pool.forget(block_id)
+    states = [pool.states[block_id]]
+    pool.step_done(4)
+    pool.check_integrity({})
+    assert ([*states, pool.states[block_id]], pool.find(key(1))) == ([RELEASING, FREE], None)
+
+
+def test_a_prefix_that_was_forgotten_may_be_registered_again():
     pool = make()
-    block_id = cached(pool, 1)
-    with pytest.raises(KvartoError, match="defect"):
-        pool.forget(block_id)
+    pool.forget(cached(pool, 1))
+    block_id = pool.allocate()
+    assert pool.register(block_id, key(1))
+    assert pool.find(key(1)) == block_id
+
+
+def test_to_forget_a_block_without_a_prefix_is_nothing():
+    pool = make()
+    block_id = pool.allocate()
+    pool.forget(block_id)
+    pool.check_integrity({block_id: 1})

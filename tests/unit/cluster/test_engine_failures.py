@@ -174,6 +174,73 @@ def test_clients_that_give_up_do_not_keep_a_silent_group_ready():
     assert not ready(world)
 
 
+# -- a rank that owes the answer to a disk load ----------------------------------------------------------------------
+
+STORED = range(1, 17)
+
+
+def loading():
+    """Rank 0 has answered for the blocks of a request, which nothing else is in flight for; rank 1 has not."""
+    world = fake.World(num_host_blocks=4, caching=True, disk=STORED)
+    world.post(add("1", prompt=[*STORED, 20]))
+    answer = world.links[0].step().pop()
+    assert answer.rank == 1
+    world.loop.run_once()
+    assert not world.links[0].plans and world.engines[0].scheduler.awaits_loads
+    return world, answer
+
+
+def test_a_rank_that_does_not_answer_for_a_disk_load_fails_its_group():
+    world, _ = loading()
+    world.clock.now += fake.STEP_TIMEOUT_S + 1
+    with pytest.raises(GroupFailedError, match="disk loads within 120 s"):
+        world.engines[0].receive(world.clock.now, [])
+
+
+def test_the_request_that_waits_for_a_disk_load_ends_with_its_group():
+    world, _ = loading()
+    world.clock.now += fake.STEP_TIMEOUT_S + 1
+    world.loop.run_once()
+    assert (errors(world, "1"), [index for index, _ in world.failed]) == (["UnavailableError"], [0])
+
+
+def test_a_rank_that_answers_for_a_disk_load_in_time_costs_nothing():
+    world, answer = loading()
+    world.clock.now += fake.STEP_TIMEOUT_S - 1
+    world.loop.run_once()
+    world.links[0].results.append(answer)
+    world.loop.run_once()
+    while world.links[0].plans:
+        world.step()
+    assert ([delta.finish_reason for delta in world.deltas("1")][-1], world.failed) == ("length", [])
+
+
+def test_an_answer_for_a_disk_load_that_comes_with_the_timeout_counts():
+    world, answer = loading()
+    world.links[0].results.append(answer)
+    world.clock.now += fake.STEP_TIMEOUT_S + 1
+    world.loop.run_once()
+    assert not world.failed and world.links[0].plans
+
+
+def test_while_steps_end_a_disk_load_may_take_longer():
+    world, _ = loading()
+    world.post(add("2", max_tokens=9))
+    for _ in range(4):
+        world.clock.now += 0.5 * fake.STEP_TIMEOUT_S
+        world.step()
+    assert not world.failed
+
+
+def test_a_disk_load_that_nobody_waits_for_any_more_still_fails_the_group():
+    """Its host blocks would never be free again."""
+    world, _ = loading()
+    world.post(CancelRequest(request_id="1"))
+    world.clock.now += fake.STEP_TIMEOUT_S + 1
+    world.loop.run_once()
+    assert [index for index, _ in world.failed] == [0]
+
+
 # -- readiness -------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvarto.protos.errors import InvalidRequestError
 from kvarto.protos.step import SequenceFailure
 
 _spec = importlib.util.spec_from_file_location("scheduler_world", Path(__file__).with_name("scheduler_world.py"))
@@ -205,6 +206,65 @@ def test_prompt_logprobs_are_whole_when_the_chunks_after_a_preemption_are_others
     assert prompt_is_whole(world, group)
 
 
+# -- recovery --------------------------------------------------------------------------------------------------------
+
+
+def recovered(world, *lengths, ended=(), max_tokens=6, **options):
+    """A request that is handed over again: its sequences had so many of their tokens."""
+    prompt, n = world_module.prompt_of(20), len(lengths)
+    produced = [memory_model.generate(prompt, length, EOS, index, ignore_eos=True)
+                for index, length in enumerate(lengths)]
+    return world.add("a", prompt=prompt, n=n, max_tokens=max_tokens, produced=produced, ended=ended, **options)
+
+
+@pytest.mark.parametrize(("lengths", "ended", "going_on"), [
+    ((6, 2), [0], 1), ((2, 6), [1], 0),
+    ((3, 2), [0], 1),  # By a stop token, or cancelled.
+])
+def test_of_a_recovered_request_only_those_go_on_that_had_not_ended(lengths, ended, going_on):
+    world = World()
+    group = recovered(world, *lengths, ended=ended)
+    assert (len(group.live), group.num_seats) == (1, 1)
+    world.finish()
+    assert world.tokens("a", going_on) == world.alone("a", going_on)[2:]
+    assert world.tokens("a", 1 - going_on) == []
+    assert [delta.finish_reason for delta in world.deltas] == [None] * 3 + ["length"]
+
+
+def test_a_recovered_request_that_had_no_token_yet_shares_its_prompt_among_those_that_are_left():
+    world = World()
+    recovered(world, 0, 0, 0, ended=[0])
+    world.finish()
+    assert [world.tokens("a", index) for index in range(3)] == [[], world.alone("a", 1), world.alone("a", 2)]
+    assert world.computed == {"a": 20 + 2 * 5}
+
+
+def test_a_recovered_sequence_that_has_all_of_its_tokens_and_is_not_marked_is_refused():
+    """It would wait, and hold its seat, for ever."""
+    world = World()
+    with pytest.raises(InvalidRequestError, match="all of its 4 tokens") as caught:
+        recovered(world, 4, 2, max_tokens=4)
+    assert caught.value.param == "ended_indices"
+
+
+def test_a_request_whose_sequences_have_all_ended_is_refused():
+    world = World()
+    with pytest.raises(InvalidRequestError) as caught:
+        recovered(world, 4, 2, ended=[0, 1])
+    assert caught.value.param == "ended_indices"
+    assert world.scheduler.num_unfinished == 0
+
+
+def test_a_recovered_request_that_is_refused_takes_nothing():
+    world = World()
+    with pytest.raises(InvalidRequestError):
+        recovered(world, 4, 2, max_tokens=4)
+    assert (world.scheduler.num_unfinished, world.schedule()) == (0, None)
+    recovered(world, 4, 2, max_tokens=4, ended=[0])
+    world.finish()
+    assert len(world.tokens("a", 1)) == 2
+
+
 # -- ends ------------------------------------------------------------------------------------------------------------
 
 
@@ -214,14 +274,6 @@ def test_no_step_is_wasted_on_a_sequence_whose_last_token_is_on_its_way():
     world.schedule()
     world.schedule()
     assert world.schedule() is None
-
-
-def test_a_recovered_sequence_that_has_had_its_last_token_gets_no_more():
-    """One of two samples had ended when the Head died. (A sequence alone would wait, and hold its seat, for ever.)"""
-    world = World()
-    world.add("a", n=2, max_tokens=4, produced=[[5] * 4, [6] * 2])
-    world.finish()
-    assert world.tokens("a", 0) == []
 
 
 def test_a_sequence_ends_with_max_tokens():

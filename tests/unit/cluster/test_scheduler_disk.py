@@ -7,30 +7,13 @@ from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("scheduler_world", Path(__file__).with_name("scheduler_world.py"))
+_spec = importlib.util.spec_from_file_location("disk_world", Path(__file__).with_name("disk_world.py"))
 assert _spec and _spec.loader
-world_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world_module)
-World, prompt_of, memory_model = world_module.World, world_module.prompt_of, world_module.memory_model
-
-STORED = prompt_of(40)
-PROMPT = [*STORED, 5, 6]
-KEYS: list[bytes] = []
-_keys = World(caching=True).space.prefix_keys
-_keys.extend(KEYS, _keys.root("shared/"), STORED, 40)
-
-
-def restarted(num_stored=5, num_host_blocks=8, num_blocks=20, disk_capacity=9, **options):
-    """A new group whose disk holds the first blocks of a prompt that was asked before."""
-    world = World(num_blocks, num_host_blocks=num_host_blocks, caching=True, **options, space={
-        "disk_capacity": disk_capacity, "stored_keys": KEYS[:num_stored]})
-    contents = memory_model.stand_in.chain(STORED)
-    world.rank.disk = {key: contents[8 * i: 8 * i + 8] for i, key in enumerate(KEYS[:num_stored])}
-    return world
-
-
-def status(world, name):
-    return world.groups[name].status.value
+disk_world = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(disk_world)
+World, prompt_of, moves_of = disk_world.World, disk_world.prompt_of, disk_world.moves_of
+STORED, PROMPT, KEYS = disk_world.STORED, disk_world.PROMPT, disk_world.KEYS
+restarted, status = disk_world.restarted, disk_world.status
 
 
 # -- loads -----------------------------------------------------------------------------------------------------------
@@ -97,6 +80,17 @@ def test_prompt_logprobs_load_nothing():
     assert world.schedule() == [("a", 42)]
 
 
+def test_after_the_first_token_prompt_logprobs_are_no_reason_not_to_load():
+    world = restarted()
+    group = world.add("a", prompt=PROMPT, prompt_logprobs=0, produced=[[7]])
+    assert (world.schedule(), len(world.moves.disk_loads)) == ([], 5)
+    world.result()
+    assert world.step() == [("a", 3)]
+    world.finish()
+    assert not any(delta.prompt_logprobs for delta in world.deltas)
+    assert len(world.tokens("a")) == group.max_tokens - 1
+
+
 def test_another_salt_loads_nothing():
     world = restarted()
     world.add("a", prompt=PROMPT, salt="t")
@@ -143,22 +137,6 @@ def test_what_was_loaded_for_a_cancelled_request_is_a_hit():
     world.result()
     world.add("b", prompt=PROMPT)
     assert world.step() == [("b", 2)]
-
-
-def test_simultaneous_arrivals_wait_for_one_load():
-    world = restarted()
-    world.add("a", prompt=PROMPT)
-    world.add("b", prompt=[*STORED, 7, 8])
-    world.finish()
-    assert sum(world.computed.values()) == 2 * (2 + 4)
-
-
-def test_simultaneous_arrivals_have_their_tokens():
-    world = restarted()
-    world.add("a", prompt=PROMPT)
-    world.add("b", prompt=[*STORED, 7, 8])
-    world.finish()
-    assert [world.tokens(name) for name in "ab"] == [world.alone(name) for name in "ab"]
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -219,7 +197,7 @@ def test_a_request_does_not_try_a_load_again():
     world.schedule()
     world.result(corrupt=[KEYS[0]])
     world.finish()
-    assert sum(bool(world_module.moves_of(plan).disk_loads) for plan in world.plans) == 1
+    assert sum(bool(moves_of(plan).disk_loads) for plan in world.plans) == 1
 
 
 def test_orphaned_files_are_dropped_by_a_plan_of_their_own():

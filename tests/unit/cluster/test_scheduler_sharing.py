@@ -294,12 +294,42 @@ def test_a_salt_separates(one, other, num_tokens):
     assert world.step() == [("b", num_tokens)]
 
 
-def test_prompt_logprobs_use_no_hits():
+def test_until_the_first_token_prompt_logprobs_use_no_hits():
     world = asked_before()
     world.add("b", prompt=ask(2), prompt_logprobs=0, max_tokens=1)
     assert world.step() == [("b", 43)]
     assert world.cached("b") == [0]
     assert len(world.deltas[-1].prompt_logprobs) == 42
+
+
+def test_until_the_first_token_prompt_logprobs_use_not_even_what_they_computed():
+    world = World(caching=True, budget=24)
+    world.add("a", prompt=ask(1), prompt_logprobs=0)
+    world.step()
+    world.preempt("a")
+    world.step()
+    assert world.plans[-1].starts[0].num_computed_tokens == 0
+
+
+def test_after_the_first_token_prompt_logprobs_use_hits():
+    world = World(caching=True)
+    world.add("a", prompt=ask(1), prompt_logprobs=0)
+    world.step()
+    world.preempt("a")
+    assert world.step() == [("a", 4)]
+    world.finish()
+    assert world.tokens("a") == world.alone("a")
+    assert [len(delta.prompt_logprobs) for delta in world.deltas] == [42, 0, 0, 0, 0]
+
+
+def test_samples_beside_the_one_with_prompt_logprobs_use_hits_when_they_are_computed_again():
+    world = World(caching=True)
+    world.add("a", prompt=ask(1), prompt_logprobs=0, n=3)
+    world.step()
+    world.preempt("a")
+    assert world.step() == [("a", 4)] * 3
+    world.finish()
+    assert [world.tokens("a", index) for index in range(3)] == [world.alone("a", index) for index in range(3)]
 
 
 def test_what_prompt_logprobs_computed_is_found_by_others():
@@ -308,77 +338,3 @@ def test_what_prompt_logprobs_computed_is_found_by_others():
     world.finish()
     world.add("b", prompt=ask(2))
     assert world.step() == [("b", 3)]
-
-
-# -- logits that are not numbers -------------------------------------------------------------------------------------
-
-
-def failing(world, name):
-    return [sequence.seq_id for sequence in world.groups[name].live]
-
-
-def test_the_blocks_of_a_failed_sequence_are_found_by_nobody():
-    world = World(caching=True)
-    world.add("a", prompt=ask(1))
-    world.schedule()
-    world.result(failing=failing(world, "a"))
-    world.add("b", prompt=ask(2))
-    assert world.step() == [("b", 43)]
-
-
-def test_the_blocks_of_a_failed_sequence_are_free():
-    world = World(caching=True)
-    world.add("a", prompt=ask(1))
-    world.schedule()
-    world.result(failing=failing(world, "a"))
-    assert world.counts() == {"free": 100}
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_the_generated_blocks_of_a_failed_request_are_found_by_nobody(n):
-    world = World(caching=True)
-    world.add("a", prompt=ask(1), n=n, max_tokens=20)
-    for _ in range(9):
-        world.step()
-    turn = world.groups["a"].request.prompt_token_ids + world.tokens("a")
-    world.schedule()
-    world.result(failing=failing(world, "a")[:1])
-    world.add("b", prompt=turn)
-    assert world.step() == [("b", len(turn))]
-
-
-def test_copies_on_the_host_of_what_a_failed_request_computed_are_found_by_nobody():
-    """Its prompt was swapped out half-way and came back before the logits were looked at for the first time."""
-    world = World(caching=True, budget=16, max_num_seqs=1, num_host_blocks=20, preemption_mode="swap")
-    world.add("a", prompt=ask(1), priority=1)
-    world.step()
-    world.add("high", prompt=[7, 8, 9], max_tokens=1)
-    world.step()
-    world.step()
-    world.schedule()
-    world.result(failing=failing(world, "a"))
-    assert world.deltas[-1].error
-    world.add("b", prompt=ask(2))
-    world.step()
-    assert world.plans[-1].starts[0].num_computed_tokens == 0
-
-
-def test_what_a_running_request_shares_with_a_failed_one_is_not_taken_from_it():
-    world = World(caching=True)
-    world.add("a", prompt=ask(1), max_tokens=9)
-    world.add("b", prompt=ask(2), max_tokens=9)
-    world.step()
-    world.schedule()
-    world.result(failing=failing(world, "a"))
-    world.finish()
-    assert world.tokens("b") == world.alone("b")
-
-
-def test_a_failed_request_tells_the_error_once():
-    world = World(caching=True)
-    world.add("a", prompt=ask(1), n=3)
-    world.schedule()
-    world.schedule()
-    world.result(failing=failing(world, "a")[:1])
-    world.finish()
-    assert [delta.error.message for delta in world.deltas if delta.error] == ["not a number"]

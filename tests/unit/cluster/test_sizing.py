@@ -143,10 +143,43 @@ def test_device_and_host_pool_of_a_cpu_fit_its_memory_together(config):
     ready = rank()
     try:
         blocks = size([ready], **config)
-        host_blocks = num_host_blocks(EngineConfig(model="m", **config), [ready], blocks)
+        host_blocks = num_host_blocks(EngineConfig(model="m", **config), [ready], blocks, "cpu")
     except ResourcesError:
         return
-    assert (blocks[0] + host_blocks[0]) * BLOCK <= ready.available_bytes
+    assert (blocks[0] + 1 + host_blocks[0]) * BLOCK <= ready.available_bytes
+
+
+def test_the_pool_of_a_cpu_leaves_the_host_pool_the_rest_of_its_memory():
+    assert host_size(rank(), blocks=49, device="cpu") == [5]
+    assert host_size(rank(), blocks=49, device="cpu", swap_space_bytes=50 * BLOCK) == [50]
+
+
+def test_the_pool_of_a_cpu_counts_with_every_kv_group_and_its_null_block():
+    """Two pools of 19 blocks and a null block take 40 of 100."""
+    config = {"blocks": 19, "device": "cpu"}
+    assert host_size(rank(block=(BLOCK, BLOCK)), swap_space_bytes=60 * BLOCK, **config) == [30, 30]
+    with pytest.raises(ResourcesError, match="more than the 60000 bytes"):
+        host_size(rank(block=(BLOCK, BLOCK)), swap_space_bytes=60 * BLOCK + 1, **config)
+
+
+def test_every_rank_of_a_cpu_has_a_pool_of_its_own_in_its_share_of_the_memory():
+    assert host_size(rank(0), rank(1), blocks=19, device="cpu", swap_space_bytes=30 * BLOCK) == [30]
+    with pytest.raises(ResourcesError, match="more than the 30000 bytes"):
+        host_size(rank(0), rank(1), blocks=19, device="cpu", swap_space_bytes=30 * BLOCK + 1)
+
+
+def test_a_pool_of_a_cpu_that_leaves_nothing_leaves_no_host_pool():
+    assert host_size(rank(), blocks=99, device="cpu") == [0]
+    assert host_size(rank(), blocks=500, device="cpu") == [0]
+
+
+def test_swap_space_beside_a_pool_of_a_cpu_that_leaves_nothing_is_refused():
+    with pytest.raises(ResourcesError, match="more than the 0 bytes"):
+        host_size(rank(), blocks=500, device="cpu", swap_space_bytes=BLOCK)
+
+
+def test_the_pool_of_a_gpu_takes_nothing_from_its_host():
+    assert host_size(rank(), blocks=99, swap_space_bytes=100 * BLOCK) == [100]
 
 
 # -- disk ------------------------------------------------------------------------------------------------------------

@@ -1,66 +1,18 @@
-"""Cached blocks that the device has no place for: to the host, to disk, and back."""
+"""Cached blocks that the device has no place for: to the host, and from there to disk."""
 
 from __future__ import annotations
 
-import pytest
+import importlib.util
+from pathlib import Path
 
-from kvarto.cluster.block_space import BlockSpace, State
-from kvarto.cluster.block_space.tiers import MAX_LOADS
-from kvarto.protos.model import KVGroupSpec
 from kvarto.protos.step import BlockMoves
 
-ROOT = b"r" * 16
-
-
-class Space(BlockSpace):
-    """Blocks of 8 tokens; `num_device` etc. are per KV group."""
-
-    def __init__(self, num_device=1, num_host=2, disk_capacity=0, *, num_groups=1, **options):
-        super().__init__(
-            [KVGroupSpec(layer_ids=(index,)) for index in range(num_groups)], [num_device] * num_groups, 8,
-            num_host_blocks=[num_host] * num_groups, enable_prefix_caching=True, disk_capacity=disk_capacity,
-            **options)
-        self.step_id = 0
-
-    def fill(self, number, num_blocks=1):
-        """Compute the prompt `number` in a plan, whose moves are returned, and leave it cached."""
-        blocks = self.open(number, root=ROOT)
-        self.grow(blocks, 8 * num_blocks)
-        self.offer(blocks, prompt(number, num_blocks))
-        self.free(blocks, busy_until=self.step_id)
-        return self.plan()
-
-    def plan(self):
-        """End the plan that is being made, and its step."""
-        self.check_integrity()
-        moves = self.end_plan() or [BlockMoves() for _ in self.devices]
-        self.step_done(self.step_id)
-        self.step_id += 1
-        self.check_integrity()
-        return moves if len(moves) > 1 else moves[0]
-
-    def where(self, number):
-        """In which pools a prompt's first block is found."""
-        key = key_of(self, number)
-        return [name for name, pools in (("device", self.devices), ("host", self.hosts))
-                if all(pool.find(key) is not None for pool in pools)] + ["disk"] * (key in self.tiers._disk)
-
-    def match_of(self, number, num_blocks=1):
-        return self.match(self.open(99, root=ROOT), [*prompt(number, num_blocks), 0])
-
-
-def prompt(number, num_blocks=1):
-    return [number] * 8 * num_blocks
-
-
-def keys_of(space, number, num_blocks):
-    keys = []
-    space.prefix_keys.extend(keys, ROOT, prompt(number, num_blocks), 8 * num_blocks)
-    return keys
-
-
-def key_of(space, number):
-    return keys_of(space, number, 1)[0]
+_spec = importlib.util.spec_from_file_location("tiers_space", Path(__file__).with_name("tiers_space.py"))
+assert _spec and _spec.loader
+tiers_space = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiers_space)
+ROOT, Space, prompt = tiers_space.ROOT, tiers_space.Space, tiers_space.prompt
+keys_of, key_of, on_disk = tiers_space.keys_of, tiers_space.key_of, tiers_space.on_disk
 
 
 # -- to the host -----------------------------------------------------------------------------------------------------
@@ -164,15 +116,6 @@ def test_what_is_attached_is_not_evicted_by_attaching_it():
 # -- to disk ---------------------------------------------------------------------------------------------------------
 
 
-def on_disk(*numbers, num_device=1, num_host=1, disk_capacity=9):
-    """A space whose disk tier holds these prompts, oldest first, and whose host and device hold others."""
-    space = Space(num_device, num_host, disk_capacity)
-    for number in (*numbers, *range(50, 50 + num_device + num_host)):
-        space.fill(number)
-    assert [space.where(number) for number in numbers] == [["disk"]] * len(numbers)
-    return space
-
-
 def test_a_block_evicted_from_the_host_falls_to_disk():
     space = Space(disk_capacity=9)
     for number in (1, 2, 3):
@@ -239,140 +182,3 @@ def test_a_key_is_on_disk_once_every_kv_group_has_written_it():
         for group, moves in enumerate(space.plan()):
             stores[group] += [stored for _, stored in moves.disk_stores]
     assert stores == [[key], [key]]
-
-
-# -- back from disk --------------------------------------------------------------------------------------------------
-
-
-def test_what_is_on_disk_can_be_loaded_in_a_row():
-    space = on_disk(1, 2, 4)
-    keys = [key_of(space, number) for number in (1, 2, 9, 4)]
-    assert space.tiers.num_loadable(keys) == 2
-
-
-def test_what_the_plan_is_about_to_write_cannot_be_loaded_by_it():
-    space = Space(num_host=1, disk_capacity=9)
-    space.fill(1)
-    space.fill(2)
-    space.grow(space.open(3), 8)
-    assert key_of(space, 1) in space.moves.written_keys
-    assert space.tiers.num_loadable([key_of(space, 1)]) == 0
-
-
-def test_a_request_loads_so_many_blocks_at_a_time():
-    keys = [i.to_bytes(16, "big") for i in range(MAX_LOADS + 9)]
-    space = Space(num_host=99, disk_capacity=99, stored_keys=keys)
-    assert space.tiers.num_loadable(keys) == MAX_LOADS
-
-
-def test_a_load_goes_to_a_host_block_of_its_own():
-    space = on_disk(1, 2)
-    key = key_of(space, 1)
-    assert space.tiers.load([key]) == [key]
-    assert (space.hosts[0].num_available(), space.tiers.num_loading) == (0, 1)
-    assert space.plan() == BlockMoves(
-        disk_stores=[(1, key_of(space, 50))], disk_loads=[(key, 1)])
-
-
-def test_as_many_are_loaded_as_the_host_has_room_for():
-    space = on_disk(1, 2, 3, num_host=2)
-    keys = [key_of(space, number) for number in (1, 2, 3)]
-    assert space.tiers.load(keys) == keys[:2]
-
-
-def test_what_is_being_loaded_is_not_loaded_again():
-    space = on_disk(1, 2, num_host=2)
-    space.tiers.load([key_of(space, 1)])
-    assert space.tiers.num_loadable([key_of(space, 1)]) == 0
-
-
-def test_what_is_being_loaded_is_no_hit_yet():
-    space = on_disk(1)
-    space.tiers.load([key_of(space, 1)])
-    space.plan()
-    assert space.match_of(1) == []
-
-
-def test_what_was_loaded_is_a_hit_on_the_host():
-    space = on_disk(1)
-    key = key_of(space, 1)
-    space.tiers.load([key])
-    space.plan()
-    space.tiers.loaded([key], failed=set())
-    space.check_integrity()
-    assert (space.match_of(1), space.where(1)) == ([[-1]], ["host", "disk"])
-
-
-def test_a_load_that_failed_is_a_miss_and_its_files_go(caplog):
-    space = on_disk(1)
-    key = key_of(space, 1)
-    space.tiers.load([key])
-    space.plan()
-    space.tiers.loaded([key], failed={key})
-    assert space.plan() == BlockMoves(disk_drops=[key])
-    assert (space.where(1), space.hosts[0].num_available()) == ([], 1)
-    assert key.hex() in caplog.text
-
-
-def test_one_load_that_failed_leaves_the_others():
-    space = on_disk(1, 2, num_host=2)
-    keys = [key_of(space, 1), key_of(space, 2)]
-    space.tiers.load(keys)
-    space.plan()
-    space.tiers.loaded(keys, failed={keys[0]})
-    space.plan()
-    assert (space.where(1), space.where(2)) == ([], ["host", "disk"])
-
-
-def test_a_block_that_was_computed_while_it_was_loaded_is_kept_once():
-    space = on_disk(1, num_device=2, num_host=3)
-    key = key_of(space, 1)
-    space.tiers.load([key])
-    space.plan()
-    for number in (1, 60, 61):
-        space.fill(number)
-    assert space.where(1) == ["host", "disk"]
-    space.tiers.loaded([key], failed=set())
-    space.check_integrity()
-    assert space.hosts[0].counts[State.FREE] == 1
-
-
-def test_a_key_that_is_dropped_while_it_is_loading_is_loaded_all_the_same():
-    space = on_disk(1, 2, num_host=2, disk_capacity=2)
-    key = key_of(space, 1)
-    space.tiers.load([key])
-    space.plan()
-    for number in (70, 71, 72):
-        space.fill(number)
-    assert space.where(1) == []
-    space.tiers.loaded([key], failed=set())
-    space.check_integrity()
-    assert space.where(1) == ["host"]
-
-
-def test_a_load_that_failed_and_was_dropped_meanwhile_is_dropped_once():
-    space = on_disk(1, 2, num_host=2, disk_capacity=2)
-    key = key_of(space, 1)
-    space.tiers.load([key])
-    space.plan()
-    drops = [drop for number in (70, 71, 72) for drop in space.fill(number).disk_drops]
-    space.tiers.loaded([key], failed={key})
-    drops += space.plan().disk_drops
-    assert drops.count(key) == 1
-
-
-def test_what_is_about_to_be_read_is_not_what_its_host_block_pushes_out():
-    space = on_disk(1, 2, disk_capacity=2)
-    key = key_of(space, 1)
-    space.tiers.load([key])
-    moves = space.plan()
-    assert (moves.disk_loads, moves.disk_drops) == ([(key, 1)], [key_of(space, 2)])
-
-
-def test_a_plan_does_not_drop_the_only_file_that_it_reads():
-    """Drops come first: the load fails, and a sound file is reported as unreadable."""
-    space = on_disk(1, disk_capacity=1)
-    key = key_of(space, 1)
-    space.tiers.load([key])
-    moves = space.plan()
-    assert not set(moves.disk_drops) & {key for key, _ in moves.disk_loads}
