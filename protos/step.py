@@ -51,8 +51,9 @@ class SequenceStep(Struct, kw_only=True, omit_defaults=True):
 
 class BlockMoves(Struct, kw_only=True, omit_defaults=True):
     """Blocks of one KV group that a plan moves, kind after kind as the fields stand here; moves of one kind may run in
-    any order. A block that a plan reads or releases is no destination in the same plan, except blocks emptied by its
-    own earlier moves: device blocks by swap-outs that no copy reads, host blocks by disk stores that no swap-in reads.
+    any order. A block that a plan reads, or that a plan in flight names, is no destination, except blocks emptied by
+    the plan's own earlier moves: device blocks by swap-outs that no copy reads, host blocks by disk stores that no
+    swap-in reads.
     Device and host pools number their blocks apart, each from 1."""
 
     disk_drops: list[bytes] = []

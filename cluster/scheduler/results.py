@@ -28,16 +28,23 @@ class Results:
         self._eos_token_ids = eos_token_ids
         self._new_sequence = new_sequence
         self._end = end
+        self._scored: dict[int, SequenceGroup] = {}
+
+    def keep_scores_of(self, sequence: Sequence) -> None:
+        """A sequence has ended whose prompt the plans in flight score for the others of its group."""
+        self._scored[sequence.seq_id] = sequence.group
 
     def take(self, result: StepResult) -> News:
         """The deltas that a result gives rise to."""
         sequences = self._sequences
         news: News = []
         for prompt in result.prompt_logprobs:
-            if sequence := sequences.get(prompt.seq_id):
+            scored = sequences.get(prompt.seq_id)
+            group = scored.group if scored else self._scored.pop(prompt.seq_id, None)
+            if group is not None:
                 # One that was preempted computes its prompt again, in other chunks: what is kept already is skipped.
-                known = len(sequence.prompt_logprobs) + 1 - prompt.first
-                sequence.prompt_logprobs.extend(prompt.positions[known:])
+                known = len(group.prompt_logprobs) + 1 - prompt.first
+                group.prompt_logprobs.extend(prompt.positions[known:])
         for token in result.tokens:
             if sequence := sequences.get(token.seq_id):
                 news.append((sequence.group, self._append(sequence, token)))
@@ -60,8 +67,8 @@ class Results:
             delta.logprobs = [token.logprobs]
         if first == 0:
             delta.num_cached_tokens = group.num_cached_tokens
-            if sequence.prompt_logprobs:
-                delta.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+            if group.prompt_logprobs:
+                delta.prompt_logprobs, group.prompt_logprobs = group.prompt_logprobs, []
         token_ids.append(token.token_id)
         sequence.num_pending_tokens -= 1
         if (blocks.num_keyed + 1) * self._space.block_size < len(token_ids):

@@ -194,5 +194,8 @@ class Scheduler:
         if group.status is Status.RUNNING and not group.beam_search:
             self._queues.num_seats -= 1
         self._draft.release(sequence)
+        if (group.live and sequence.num_pending_tokens and group.request.params.prompt_logprobs is not None
+                and len(sequence.token_ids) == sequence.num_prompt_tokens):
+            self._results.keep_scores_of(sequence)
         if not group.live:
             self._queues.retire(group)

@@ -39,7 +39,6 @@ class Sequence:
     """The last plan that names this sequence."""
     on_ranks: bool = False
     finished: bool = False
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     unsent_token_ids: list[int] = field(default_factory=list)
     """Chosen by the Head (beam search) and not yet known to the ranks that hold the sequence."""
     sampling_step_id: int = -1
@@ -80,6 +79,8 @@ class SequenceGroup:
     is_forked: bool = True
     """False while only the first of several sequences exists for the ranks: the others share its prompt."""
     beam_search: BeamSearch | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """As far as they are known and not delivered; the first token of the group brings them."""
     num_cached_tokens: int = -1
     """Prompt tokens found in the prefix cache when it first began; -1: it has not begun."""
     has_loaded: bool = False
