@@ -68,8 +68,8 @@ class BenchHead:
         space = BlockSpace([KVGroupSpec(layer_ids=(0,))], [num_blocks], 16)
         info = EngineInfo(
             epoch=EPOCH, max_model_len=8192, vocab_size=100, max_num_seqs=num_sequences, block_size=16,
-            kv_capacity_tokens=num_blocks * 16, num_blocks=num_blocks, kernels="none", dtype="none", tp_size=num_ranks,
-            num_groups=1)
+            kv_capacity_tokens=num_blocks * 16, num_blocks=num_blocks, num_host_blocks=0, kernels="none", dtype="none",
+            tp_size=num_ranks, num_groups=1)
         scheduler = Scheduler(space, SchedulerLimits(num_sequences, 2048), epoch=EPOCH)
         link = self.hub.link(EPOCH, [rank_identity(EPOCH, rank) for rank in range(num_ranks)])
         engine = Engine(
