@@ -85,7 +85,7 @@ def test_preempted_is_as_undisturbed(
         outputs = llm.generate(batch, params, use_tqdm=False)
         status = settled_status(llm)
     assert status["num_preemptions"] > 0
-    assert status["blocks"]["free"] == FEW_BLOCKS
+    assert status["blocks"]["free"] + status["blocks"]["cached"] == FEW_BLOCKS
     assert samples(outputs) == samples(together)
     for ours, theirs in zip(outputs, together, strict=True):
         assert prompt_scores(ours) == pytest.approx(prompt_scores(theirs), abs=LOGPROB_TOLERANCE)

@@ -75,11 +75,12 @@ class Server:
         return httpx.get(f"{self.url}/v1/status", timeout=10).json()["groups"]["0"]
 
     def wait_until_idle(self, timeout_s: float) -> dict[str, Any]:
-        """The status once every block is free again; fails when that takes longer than `timeout_s`."""
+        """The status once every block is free or cached again; fails when that takes longer than `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while True:
             status = self.status()
-            if status["blocks"]["free"] == status["blocks"]["total"]:
+            blocks = status["blocks"]
+            if blocks["free"] + blocks["cached"] == blocks["total"]:
                 return status
             assert time.monotonic() < deadline, f"blocks leaked: {status}"
             time.sleep(0.05)
