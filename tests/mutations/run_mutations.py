@@ -81,7 +81,7 @@ MUTANTS = [
            "                del self._cached[self._eviction(*self._uses[block_id])][block_id]\n",
            "                pass\n"),
     Mutant("a failed disk load is ignored", TIERS,
-           "                if key not in failed:\n                    host.register(host_id, key)\n",
+           "                if not unusable:\n                    host.register(host_id, key)\n",
            "                host.register(host_id, key)\n"),
     Mutant("only the first rank's answer counts", LOADS, "len(loads[0].ranks) < self._num_ranks", "not loads[0].ranks"),
     Mutant("a copy of a block that is swapped in is a copy", MOVES,
