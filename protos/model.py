@@ -10,14 +10,26 @@ from msgspec import Struct
 class RopeScaling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Rotary scaling as `config.json` states it; the fields used depend on `kind`."""
 
-    kind: Literal["linear", "llama3", "factors"]
-    """`factors`: every frequency has its own divisor, as GGUF files state what `config.json` calls llama3."""
+    kind: Literal["linear", "llama3", "factors", "yarn", "dynamic", "longrope"]
+    """`factors`: every frequency has its own divisor, as GGUF files state what `config.json` calls llama3.
+    `dynamic` and `longrope` are fixed by `max_model_len` when a model is loaded: frequencies that followed the length
+    of a sequence would make the keys in its cache wrong."""
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position_embeddings: int = 0
     frequency_factors: tuple[float, ...] = ()
-    """Of kind `factors`: `head_dim / 2` divisors."""
+    """Of kinds `factors` and `longrope` (up to the original length): half as many divisors as dimensions that turn."""
+    long_frequency_factors: tuple[float, ...] = ()
+    """Of kind `longrope`: the divisors beyond the original length."""
+    attention_factor: float = 1.0
+    """Of kinds `yarn` and `longrope`: cosines and sines are multiplied by it."""
+    beta_fast: float = 32.0
+    """Of kind `yarn`: frequencies that turn at least so often within the original length stay, and those that turn at
+    most `beta_slow` times are divided by `factor`."""
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """Of kind `yarn`: whether the borders between them are rounded to whole dimensions."""
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -38,8 +50,28 @@ class ModelConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     vocab_size: int
     max_position_embeddings: int
     norm_eps: float
-    rope_theta: float
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies; unused where the family learns its positions."""
+    local_rope_theta: float | None = None
+    """Base in layers with a window, which then have no `rope_scaling`; None: those are as the others."""
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    """Leading elements of each head that turn; None: all."""
+    layer_windows: tuple[int | None, ...] = ()
+    """Per layer how many tokens a query sees, its own included; None: all. Empty: all in every layer."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None: `head_dim ** -0.5`."""
+    attention_softcap: float | None = None
+    """Scores s become `cap * tanh(s / cap)` before the softmax; None: they stay."""
+    final_softcap: float | None = None
+    """The same of the logits."""
+    activation: str = "silu"
+    """Of the MLP, by the name that Transformers gives it."""
+    num_experts: int = 0
+    """Of each layer's MLP, every one with `intermediate_size` columns; 0: the MLP is one."""
+    num_experts_per_token: int = 0
+    normalize_expert_weights: bool = False
+    """Whether the weights of the experts that a token goes to are made to add up to one."""
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False

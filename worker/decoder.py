@@ -7,33 +7,30 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..kernels import PackedLinear, linear, pack_linear, paged_attention, write_kv
+from ..kernels import linear, pack_linear
 from ..protos.model import ModelConfig
+from .attention import Attention, check_attention
 from .batch import ForwardBatch
 from .collectives import Communicator
-from .families import family_of
 from .kv_groups import block_bytes, cache_shape, kv_groups
 from .layout import TPLayout
-from .rope import rotary_tables, rotate
+from .mlp import ACTIVATIONS, Experts, Mlp
+from .norms import Norm
+from .rope import rotary_tables
 from .shard import ShardReader
 from .weights import WeightSource
 
 __all__ = ["Decoder", "block_bytes", "cache_shape", "kv_groups"]
 
-_ACTIVATIONS = {"silu": F.silu}
-
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    group: int
-    """KV group whose cache the layer uses, and the layer's place in it."""
-    layer_in_group: int
-    attention_norm: torch.Tensor
-    qkv: PackedLinear
-    o: PackedLinear
-    mlp_norm: torch.Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    attention_norm: Norm
+    attention: Attention
+    attention_post_norm: Norm | None
+    mlp_norm: Norm | None
+    mlp: Mlp | Experts
+    mlp_post_norm: Norm | None
 
 
 class Decoder:
@@ -45,23 +42,27 @@ class Decoder:
         self.layout = layout
         self.kv_groups = kv_groups(config)
         self._comm = comm
-        self._activation = _ACTIVATIONS[family_of(config).activation]
-        self._cos, self._sin = rotary_tables(config, max_model_len, device)
         self._embedding = shard.rows("embedding")
+        self._embedding_scale = config.hidden_size**0.5 if shard.family.scales_embedding else None
+        self._parallel = shard.family.parallel
+        self._positions = shard.positions(max_model_len)
+        self._rotary = []
+        if self._positions is None:
+            self._rotary = [rotary_tables(config, max_model_len, device, local=local)
+                            for local in ((False,) if config.local_rope_theta is None else (False, True))]
         self._lm_head = (pack_linear(self._embedding) if config.tie_word_embeddings
                          else shard.column_parallel(("lm_head",)))
-        self._final_norm = shard.whole("final_norm")
+        self._final_norm = shard.norm("final_norm")
         places = {layer: (group, place) for group, spec in enumerate(self.kv_groups)
                   for place, layer in enumerate(spec.layer_ids)}
         self._layers = [
             _Layer(
-                *places[layer],
-                attention_norm=shard.whole("attention_norm", layer),
-                qkv=shard.column_parallel(("q", "k", "v"), layer),
-                o=shard.row_parallel("o", layer),
-                mlp_norm=shard.whole("mlp_norm", layer),
-                gate_up=shard.column_parallel(("gate", "up"), layer),
-                down=shard.row_parallel("down", layer),
+                attention_norm=shard.norm("attention_norm", layer),
+                attention=self._load_attention(shard, layer, *places[layer]),
+                attention_post_norm=shard.optional_norm("attention_post_norm", layer),
+                mlp_norm=shard.optional_norm("mlp_norm", layer),
+                mlp=self._load_mlp(shard, layer),
+                mlp_post_norm=shard.optional_norm("mlp_post_norm", layer),
             )
             for layer in range(config.num_layers)
         ]
@@ -73,10 +74,12 @@ class Decoder:
         """Read this rank's weights from `source`, as `dtype` on `device`.
 
         `max_model_len` bounds the positions that a batch may name; default: what the model was made for. Raises
-        `ModelLoadError` when the files cannot be read.
+        `ConfigError` when the model cannot be computed for that length, `ModelLoadError` when the files cannot be read.
         """
+        max_model_len = max_model_len or config.max_position_embeddings
+        check_attention(config, max_model_len)
         shard = ShardReader(config, layout, source, dtype, device)
-        return cls(config, layout, shard, device, comm, max_model_len or config.max_position_embeddings)
+        return cls(config, layout, shard, device, comm, max_model_len)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, caches: list[torch.Tensor]) -> torch.Tensor:
@@ -86,47 +89,62 @@ class Decoder:
         Raises `UnavailableError` when another rank is gone.
         """
         # x: [num_tokens, hidden_size], the residual stream
-        cos, sin = self._cos[batch.positions].unsqueeze(1), self._sin[batch.positions].unsqueeze(1)
-        x = self._embed(batch.token_ids)
+        angles = [(cos[batch.positions].unsqueeze(1), sin[batch.positions].unsqueeze(1)) for cos, sin in self._rotary]
+        x = self._embed(batch.token_ids, batch.positions)
         for layer in self._layers:
-            x = x + self._attention(layer, self._norm(x, layer.attention_norm), cos, sin, batch, caches)
-            x = x + self._mlp(layer, self._norm(x, layer.mlp_norm))
-        return self._norm(x, self._final_norm)
+            normed = layer.attention_norm(x)
+            part = layer.attention(normed, angles, batch, caches)
+            if not self._parallel:
+                x = x + self._sum(part, layer.attention_post_norm)
+            mlp_part = layer.mlp(normed if layer.mlp_norm is None else layer.mlp_norm(x))
+            x = x + self._sum(part + mlp_part if self._parallel else mlp_part, layer.mlp_post_norm)
+        return self._final_norm(x)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[R, hidden_size]`, rows of what `forward` returned -> float32 `[R, local_vocab]`: of the token ids in
         `layout.vocab`. An inference tensor."""
-        return linear(hidden, self._lm_head).float()
+        logits = linear(hidden, self._lm_head).float()
+        cap = self.config.final_softcap
+        return logits if cap is None else (logits / cap).tanh() * cap
 
-    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        # token_ids: [num_tokens] -> [num_tokens, hidden_size]
+    def _embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        # token_ids, positions: [num_tokens] -> [num_tokens, hidden_size]
         if self.layout.tp_size == 1:
-            return F.embedding(token_ids, self._embedding)
-        local_ids = token_ids - self.layout.vocab.start
-        elsewhere = (local_ids < 0) | (local_ids >= len(self.layout.vocab))
-        rows = F.embedding(local_ids.masked_fill(elsewhere, 0), self._embedding)
-        return self._comm.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(1), 0))
+            rows = F.embedding(token_ids, self._embedding)
+        else:
+            local_ids = token_ids - self.layout.vocab.start
+            elsewhere = (local_ids < 0) | (local_ids >= len(self.layout.vocab))
+            rows = F.embedding(local_ids.masked_fill(elsewhere, 0), self._embedding)
+            rows = self._comm.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(1), 0))
+        if self._embedding_scale is not None:
+            # Rounded to the model's dtype first, as in training.
+            rows = rows * torch.tensor(self._embedding_scale, dtype=rows.dtype, device=rows.device)
+        return rows if self._positions is None else rows + self._positions[positions]
 
-    def _attention(self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: ForwardBatch,
-                   caches: list[torch.Tensor]) -> torch.Tensor:
-        # qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
-        num_heads, num_kv_heads = self.layout.num_heads, self.layout.num_kv_heads
-        qkv = linear(x, layer.qkv).view(x.shape[0], num_heads + 2 * num_kv_heads, self.config.head_dim)
-        rotated = rotate(qkv[:, :num_heads + num_kv_heads], cos, sin)
-        query, key, value = rotated[:, :num_heads], rotated[:, num_heads:], qkv[:, num_heads + num_kv_heads:]
-        cache, place = caches[layer.group], layer.layer_in_group
-        write_kv(key, value, cache, place, batch.slot_mapping[layer.group])
-        attended = paged_attention(query, cache, place, batch.block_tables[layer.group], batch.query_start_loc,
-                                   batch.kv_lens, self.config.head_dim**-0.5)
-        return self._comm.all_reduce(linear(attended.flatten(1), layer.o))
+    def _sum(self, part: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        """What a layer adds to the residual stream, from this rank's part of it."""
+        whole = self._comm.all_reduce(part)
+        return whole if norm is None else norm(whole)
 
-    def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
-        gate, up = linear(x, layer.gate_up).chunk(2, dim=-1)
-        return self._comm.all_reduce(linear(self._activation(gate) * up, layer.down))
+    def _load_attention(self, shard: ShardReader, layer: int, group: int, layer_in_group: int) -> Attention:
+        config, layout = self.config, self.layout
+        angles = None
+        if self._rotary:
+            windowed = bool(config.layer_windows) and config.layer_windows[layer] is not None
+            angles = 1 if windowed and len(self._rotary) > 1 else 0
+        return Attention(
+            group, layer_in_group, angles, layout.num_heads, layout.num_kv_heads, config.head_dim,
+            scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+            qkv=shard.column_parallel(("q", "k", "v"), layer), q_norm=shard.optional_norm("q_norm", layer),
+            k_norm=shard.optional_norm("k_norm", layer), o=shard.row_parallel("o", layer))
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        # The square mean is taken in float32 and the weight applied in the model's dtype, as Transformers does.
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.norm_eps)
-        return weight * (wide * scale).to(x.dtype)
+    def _load_mlp(self, shard: ShardReader, layer: int) -> Mlp | Experts:
+        config, gated = self.config, shard.family.gated
+        inner = ("gate", "up") if gated else ("up",)
+        parts = [Mlp(shard.column_parallel(inner, layer, expert), shard.row_parallel("down", layer, expert),
+                     ACTIVATIONS[config.activation], gated) for expert in range(max(1, config.num_experts))]
+        if not config.num_experts:
+            return parts[0]
+        return Experts(shard.replicated("router", layer), parts, config.num_experts_per_token,
+                       config.normalize_expert_weights)

@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 
 from ..protos.errors import ConfigError
 from ..protos.model import ModelConfig
+from .families import family_of
 
 _MLP_UNIT = 32
 _VOCAB_UNIT = 64
@@ -26,6 +27,7 @@ class TPLayout:
     q_heads: range
     kv_heads: range
     mlp_columns: range
+    """Of every expert, where there are several."""
     vocab: range
 
     @classmethod
@@ -41,7 +43,8 @@ class TPLayout:
                                   f"most {min(limits.values())}", param="tensor_parallel_size")
         heads = _split_heads(config.num_heads, config.total_num_kv_heads, tp_size)
         held = [config.num_layers * _attention_bytes(config, len(q), len(kv)) for q, kv in heads]
-        mlp_column = 3 * config.hidden_size * config.num_layers
+        matrices = 3 if family_of(config).gated else 2
+        mlp_column = matrices * max(1, config.num_experts) * config.hidden_size * config.num_layers
         vocab_row = config.hidden_size
         mlp_share = _fill(held, mlp_column * config.intermediate_size + vocab_row * config.vocab_size)
         mlp = _cut(config.intermediate_size, _MLP_UNIT, mlp_share)

@@ -6,10 +6,12 @@ import json
 import os
 
 from ...protos.errors import ModelLoadError
-from ...protos.model import ModelConfig, RopeScaling
+from ...protos.model import ModelConfig
 from .family import Family
+from .hf_rope import read_rope
 from .metadata import Metadata
 from .table import family_of_hf
+from .windows import read_windows
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -23,34 +25,46 @@ def read_hf_config(directory: str) -> ModelConfig:
     if "quantization_config" in meta:
         raise ModelLoadError(f"{path}: pre-quantized checkpoints are not supported (quantization_config); "
                              "use the original weights or a .gguf file")
-    family = family_of_hf(_architecture(meta), meta.text("model_type", ""), path)
+    family = family_of_hf(_architecture(meta), meta)
+    for key, value in family.only.items():
+        meta.require(key, value, f"for {family.name}")
     keys = family.config_keys
-    if (activation := meta.text(keys.activation, family.activation)) != family.activation:
-        raise ModelLoadError(f"{path}: {keys.activation} '{activation}' is not supported for {family.name}; "
-                             f"supported: {family.activation}")
     generation_path = os.path.join(directory, "generation_config.json")
     generation = _read_json(generation_path) if os.path.isfile(generation_path) else Metadata(generation_path, {})
     hidden_size, num_heads = meta.integer(keys.hidden_size), meta.integer(keys.num_heads)
+    num_layers = meta.integer(keys.num_layers)
+    head_dim = _head_dim(meta, family, hidden_size, num_heads)
+    ratio = family.mlp_ratio_default
+    rope = read_rope(meta, family, head_dim, meta.integer(keys.max_positions))
     bos = generation.token_ids("bos_token_id") or meta.token_ids("bos_token_id")
-    rope_theta, rope_scaling = _rope(meta)
     return ModelConfig(
         path=directory,
         format="hf",
         family=family.name,
         hidden_size=hidden_size,
-        intermediate_size=meta.integer(keys.intermediate_size),
-        num_layers=meta.integer(keys.num_layers),
+        intermediate_size=meta.integer(keys.intermediate_size, ratio and ratio * hidden_size),
+        num_layers=num_layers,
         num_heads=num_heads,
-        total_num_kv_heads=meta.integer(keys.num_kv_heads, num_heads),
-        head_dim=_head_dim(meta, family, hidden_size, num_heads),
+        total_num_kv_heads=_num_kv_heads(meta, family, num_heads),
+        head_dim=head_dim,
         vocab_size=meta.integer(keys.vocab_size),
-        max_position_embeddings=meta.integer(keys.max_positions),
+        max_position_embeddings=rope.max_positions,
         norm_eps=meta.number(keys.norm_eps),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        rope_theta=rope.theta,
+        local_rope_theta=rope.local_theta,
+        rope_scaling=rope.scaling,
+        rotary_dim=rope.rotary_dim,
+        layer_windows=read_windows(meta, family.windows, num_layers),
+        attention_scale=None if keys.query_scalar is None else meta.number(keys.query_scalar)**-0.5,
+        attention_softcap=_softcap(meta, family, "attn_logit_softcapping", family.attention_softcap_default),
+        final_softcap=_softcap(meta, family, "final_logit_softcapping", family.final_softcap_default),
+        activation=_activation(meta, family),
+        num_experts=_num_experts(meta, family),
+        num_experts_per_token=meta.integer(keys.num_experts_per_token) if family.has_experts else 0,
+        normalize_expert_weights=family.has_experts and _normalizes_experts(meta, family),
         tie_word_embeddings=meta.boolean(keys.tie_embeddings, family.tie_embeddings_default),
-        attention_bias=meta.boolean(keys.attention_bias, False),
-        mlp_bias=meta.boolean(keys.mlp_bias, False),
+        attention_bias=bool(family.attention_bias_on) and meta.boolean(keys.attention_bias, False),
+        mlp_bias=bool(family.mlp_bias_on) and meta.boolean(keys.mlp_bias, False),
         torch_dtype=_dtype(meta),
         bos_token_id=bos[0] if bos else None,
         # As in Transformers: what generation_config.json says replaces what config.json says.
@@ -85,10 +99,41 @@ def _architecture(meta: Metadata) -> str | None:
 
 def _head_dim(meta: Metadata, family: Family, hidden_size: int, num_heads: int) -> int:
     key = family.config_keys.head_dim
-    if key not in meta and hidden_size % num_heads:
+    if key not in meta and family.head_dim_default is None and hidden_size % num_heads:
         raise ModelLoadError(f"{meta.path}: '{key}' is missing and hidden_size {hidden_size} does not divide by "
                              f"{num_heads} heads")
-    return meta.integer(key, hidden_size // num_heads)
+    return meta.integer(key, family.head_dim_default or hidden_size // num_heads)
+
+
+def _num_kv_heads(meta: Metadata, family: Family, num_heads: int) -> int:
+    keys = family.config_keys
+    if keys.multi_query is None:
+        return meta.integer(keys.num_kv_heads, num_heads)
+    return 1 if meta.boolean(keys.multi_query, True) else num_heads
+
+
+def _softcap(meta: Metadata, family: Family, key: str, default: float | None) -> float | None:
+    return meta.optional_number(key, default) if family.has_softcaps else None
+
+
+def _activation(meta: Metadata, family: Family) -> str:
+    key = family.config_keys.activation
+    activation = meta.text(key, family.activations[0])
+    if activation not in family.activations:
+        raise ModelLoadError(f"{meta.path}: {key} '{activation}' is not supported for {family.name}; supported: "
+                             f"{', '.join(family.activations)}")
+    return activation
+
+
+def _num_experts(meta: Metadata, family: Family) -> int:
+    if not family.has_experts:
+        return 0
+    keys = family.config_keys.num_experts
+    return meta.integer(next((key for key in keys if key in meta), keys[0]))
+
+
+def _normalizes_experts(meta: Metadata, family: Family) -> bool:
+    return meta.boolean("norm_topk_prob", False) if family.normalizes_experts is None else family.normalizes_experts
 
 
 def _dtype(meta: Metadata) -> str:
@@ -96,24 +141,3 @@ def _dtype(meta: Metadata) -> str:
     if name not in _DTYPES:
         raise ModelLoadError(f"{meta.path}: dtype '{name}' is not supported; supported: {', '.join(_DTYPES)}")
     return name
-
-
-def _rope(meta: Metadata) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_parameters` (Transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    if "rope_parameters" in meta:
-        scaling = meta.section("rope_parameters")
-        theta = scaling.number("rope_theta", meta.number("rope_theta", 10000.0))
-    else:
-        scaling = meta.section("rope_scaling")
-        theta = meta.number("rope_theta", 10000.0)
-    kind = scaling.text("rope_type" if "rope_type" in scaling else "type", "default")
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=scaling.number("factor"))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            kind="llama3", factor=scaling.number("factor"),
-            low_freq_factor=scaling.number("low_freq_factor"), high_freq_factor=scaling.number("high_freq_factor"),
-            original_max_position_embeddings=scaling.integer("original_max_position_embeddings"))
-    raise ModelLoadError(f"{meta.path}: rope scaling '{kind}' is not supported; supported: default, linear, llama3")

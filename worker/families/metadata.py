@@ -33,6 +33,33 @@ class Metadata:
             raise self._wrong(key, value, "a positive, finite number")
         return float(value)
 
+    def optional_integer(self, key: str, default: int | None) -> int | None:
+        """As `integer`, but a null in the file means None; `default` is what it means when the key is absent."""
+        return None if self._is_none(key, default) else self.integer(key, default)
+
+    def optional_number(self, key: str, default: float | None) -> float | None:
+        """As `number`, but a null in the file means None; `default` is what it means when the key is absent."""
+        return None if self._is_none(key, default) else self.number(key, default)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """`count` positive, finite numbers."""
+        value = self._get(key, None)
+        if not isinstance(value, list) or len(value) != count or not all(
+                isinstance(item, int | float) and math.isfinite(item) and item > 0 for item in value):
+            raise self._wrong(key, value, f"a list of {count} positive, finite numbers")
+        return tuple(float(item) for item in value)
+
+    def has(self, key: str, value: object) -> bool:
+        """Whether the key has this value; an absent one counts as false."""
+        return (self._values[key] if key in self else False) == value
+
+    def require(self, key: str, value: object, why: str) -> None:
+        """Raises unless the key is absent or has this value."""
+        if key in self and self._values[key] != value:
+            supported = "nothing" if value is None else repr(value)
+            raise ModelLoadError(f"{self.path}: '{key}' {self._values[key]!r} is not supported {why}; supported: "
+                                 f"{supported}")
+
     def boolean(self, key: str, default: bool | None = None) -> bool:
         value = self._get(key, default)
         if not isinstance(value, bool):
@@ -66,6 +93,9 @@ class Metadata:
         if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
             raise self._wrong(key, value, "a token id or a list of token ids")
         return tuple(dict.fromkeys(ids))
+
+    def _is_none(self, key: str, default: object) -> bool:
+        return self._values[key] is None if key in self._values else default is None
 
     def _get(self, key: str, default: object) -> object:
         value = self._values.get(key)

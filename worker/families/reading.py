@@ -35,6 +35,9 @@ def _check(config: ModelConfig) -> None:
     if config.head_dim % 8 or config.head_dim > 256:
         raise ModelLoadError(f"{config.path}: head_dim {config.head_dim} is not supported: the kernels take multiples "
                              "of 8 up to 256")
+    if config.num_experts_per_token > config.num_experts:
+        raise ModelLoadError(f"{config.path}: a token cannot go to {config.num_experts_per_token} of "
+                             f"{config.num_experts} experts; the configuration is damaged")
     strange = [token for token in config.eos_token_ids if token >= config.vocab_size]
     if strange:
         raise ModelLoadError(f"{config.path}: eos token ids {strange} lie outside the vocabulary of "

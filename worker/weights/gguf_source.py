@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,10 @@ class _Entry:
     tensor: GGUFTensor
     interleaved: bool
     """Rows of each head lie in rotary pairs (0, d/2, 1, d/2 + 1, ...) and are put back in order when read."""
+    transposed: bool
+    """The checkpoint that this stands for holds columns first."""
+    offset: float
+    """Was added to every element when the file was made, and is taken off again."""
 
 
 class GGUFSource(WeightSource):
@@ -39,15 +43,22 @@ class GGUFSource(WeightSource):
         self._head_dim = config.head_dim
         self._entries: dict[str, _Entry] = {}
         family = family_of(config)
-        parts = {getattr(family.gguf_names, field.name): field.name for field in fields(TensorNames)}
+        if family.gguf is None:
+            raise ModelLoadError(f"{config.path}: GGUF files of {family.name} are not supported")
+        layout = family.gguf
+        parts = {layout.names.of(field.name): field.name for field in fields(TensorNames)}
         for tensor in header.tensors.values():
             module, _, kind = tensor.name.rpartition(".")
             layer = _LAYER.search(module)
             part = parts.get(_LAYER.sub("{i}", module, count=1))
-            if part is not None:
-                hf_module = getattr(family.hf_names, part).format(i=layer and layer[0])
-                self._entries[f"{hf_module}.{kind}"] = _Entry(
-                    tensor, interleaved=family.gguf_interleaves_rope and part in ("q", "k"))
+            if part is None:
+                continue
+            pattern = family.hf_names.of(part) or ""
+            for expert, held in enumerate(_experts(tensor) if "{e}" in pattern else [tensor]):
+                self._entries[f"{pattern.format(i=layer and layer[0], e=expert)}.{kind}"] = _Entry(
+                    held, interleaved=layout.interleaves_rope and part in ("q", "k"),
+                    transposed=part in family.transposed and kind == "weight",
+                    offset=1.0 if family.norm == "rms_plus_one" and part.endswith("_norm") else 0.0)
         for kind_of, name in {entry.tensor.kind: entry.tensor.name for entry in self._entries.values()}.items():
             self._check_kind(kind_of, name)
         self._bytes: npt.NDArray[np.uint8] = np.memmap(config.path, np.uint8, "r")
@@ -56,20 +67,31 @@ class GGUFSource(WeightSource):
         return self._entries.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name].tensor.shape
+        entry = self._entries[name]
+        return entry.tensor.shape[::-1] if entry.transposed else entry.tensor.shape
 
     def file_of(self, name: str) -> str:  # noqa: ARG002
         return self._path
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
         entry = self._entries[name]
+        if entry.transposed:
+            rows, columns = columns, rows
+        values = self._values(entry, rows, columns)
+        if entry.offset:
+            values = values - np.float32(entry.offset)
+        return torch.from_numpy(np.ascontiguousarray(values.T if entry.transposed else values))
+
+    def _values(self, entry: _Entry, rows: slice | None, columns: slice | None) -> npt.NDArray[np.float32]:
+        """The slice as the file has it, rows in order: an array of its own."""
         tensor = entry.tensor
         data = self._bytes[tensor.offset:tensor.offset + tensor.num_bytes]
         if len(tensor.shape) == 1:
             values = _dequantize(data[None], tensor.kind)[0]
             if entry.interleaved:
                 values = self._in_order(values)
-            return torch.from_numpy(np.array(values[rows or slice(None)]))
+            whole: npt.NDArray[np.float32] = values[rows or slice(None)]
+            return whole
 
         # Cut on whole heads and quantization blocks first, on the exact borders once the numbers are there.
         block_size, block_bytes = GGML_QUANT_SIZES[tensor.kind]
@@ -81,7 +103,8 @@ class GGUFSource(WeightSource):
         values = _dequantize(data, tensor.kind)
         if entry.interleaved:
             values = self._in_order(values)
-        return torch.from_numpy(np.ascontiguousarray(values[inner_rows, inner_columns]))
+        part: npt.NDArray[np.float32] = values[inner_rows, inner_columns]
+        return part
 
     def _in_order(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         pairs = values.reshape(-1, self._head_dim // 2, 2, *values.shape[1:])
@@ -93,6 +116,14 @@ class GGUFSource(WeightSource):
         except NotImplementedError:
             raise ModelLoadError(f"{self._path}: tensor {name} is of type {kind.name}, which cannot be dequantized; "
                                  "use another quantization of the model") from None
+
+
+def _experts(tensor: GGUFTensor) -> list[GGUFTensor]:
+    """The tensors of the experts, which lie one after another in one."""
+    count, *shape = tensor.shape
+    size = tensor.num_bytes // max(1, count)
+    return [replace(tensor, shape=tuple(shape), offset=tensor.offset + expert * size, num_bytes=size)
+            for expert in range(count)]
 
 
 def _widen(cut: slice | None, size: int, unit: int) -> tuple[slice, slice]:

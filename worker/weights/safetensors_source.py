@@ -19,9 +19,11 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsSource(WeightSource):
-    """Opens every file of `directory`; the library maps them, and checks each one's size against its header."""
+    """Opens every file of `directory`; the library maps them, and checks each one's size against its header.
 
-    def __init__(self, directory: str) -> None:
+    Names are given with `prefix`, whether the files have it or leave it off."""
+
+    def __init__(self, directory: str, prefix: str = "") -> None:
         self._root, files = _files(directory)
         self._slices: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
@@ -37,6 +39,9 @@ class SafetensorsSource(WeightSource):
                     raise ModelLoadError(f"{file}: tensor {name} has dtype {view.get_dtype()}, supported are "
                                          f"{', '.join(_DTYPES)}; use the original weights or a .gguf file")
                 self._slices[name], self._file_of[name] = view, file
+        if not any(name.startswith(prefix) for name in self._slices):
+            self._slices = {prefix + name: view for name, view in self._slices.items()}
+            self._file_of = {prefix + name: file for name, file in self._file_of.items()}
 
     def names(self) -> Collection[str]:
         return self._slices.keys()

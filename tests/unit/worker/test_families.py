@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ LLAMA_JSON = {
     "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 5000.0, "torch_dtype": "bfloat16",
     "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
 }
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_path_becomes_absolute(directory, monkeypatch):
     ({"num_hidden_layers": 0}, (), "'num_hidden_layers' must be an integer"),
     ({"rms_norm_eps": float("nan")}, (), "'rms_norm_eps' must be a positive, finite number"),
     ({"rope_theta": float("inf")}, (), "'rope_theta' must be a positive, finite number"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, (), "'yarn' is not supported; supported: default"),
+    ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, (), "'ntk' is not supported; supported: default"),
     ({"rope_scaling": {"rope_type": "linear"}}, (), "'factor' is missing"),
     ({"rope_scaling": "linear"}, (), "'rope_scaling' must be an object"),
     ({"hidden_act": "gelu"}, (), "'gelu' is not supported"),
@@ -116,6 +118,97 @@ def test_a_bad_config_is_refused_with_its_file_and_key(directory, changes, witho
     with pytest.raises(ModelLoadError, match=message) as caught:
         read_model_config(path)
     assert path in caught.value.message
+
+
+def test_windows_of_transformers_4_configs_are_read(directory):
+    def windows(architecture, num_layers, **changes):
+        return read_model_config(directory({"architectures": [architecture], "num_hidden_layers": num_layers,
+                                            "hidden_act": None, "query_pre_attn_scalar": 16, **changes})).layer_windows
+
+    assert windows("MistralForCausalLM", 2) == (4096, 4096)
+    assert windows("MistralForCausalLM", 2, sliding_window=None) == ()
+    assert windows("MistralForCausalLM", 2, sliding_window=32) == (32, 32)
+    assert windows("MixtralForCausalLM", 2, **EXPERTS) == ()
+    assert windows("Qwen2ForCausalLM", 3, sliding_window=64, use_sliding_window=False) == ()
+    assert windows("Qwen2ForCausalLM", 3, sliding_window=64, use_sliding_window=True,
+                   max_window_layers=1) == (None, 64, 64)
+    assert windows("Gemma2ForCausalLM", 3, sliding_window=64) == (64, None, 64)
+    assert windows("Gemma3ForCausalLM", 7, sliding_window=64) == (64, 64, 64, 64, 64, None, 64)
+    assert windows("Gemma3ForCausalLM", 3, sliding_window=64, sliding_window_pattern=2) == (64, None, 64)
+    assert windows("Gemma3ForCausalLM", 2, sliding_window=64,
+                   layer_types=["full_attention", "sliding_attention"]) == (None, 64)
+    assert windows("LlamaForCausalLM", 2, sliding_window=64) == ()
+
+
+def test_gemma3_of_transformers_4_is_read(directory):
+    config = read_model_config(directory({
+        "architectures": ["Gemma3ForCausalLM"], "hidden_act": None, "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 32, "query_pre_attn_scalar": 64, "sliding_window": 512, "rope_theta": 2e6,
+        "rope_local_base_freq": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}))
+    assert (config.rope_theta, config.local_rope_theta) == (2e6, 300.0)
+    assert config.rope_scaling == RopeScaling(kind="linear", factor=8.0)
+    assert (config.attention_scale, config.attention_softcap, config.final_softcap) == (0.125, None, None)
+    assert (config.activation, config.tie_word_embeddings) == ("gelu_pytorch_tanh", True)
+
+
+def test_gemma2_has_soft_caps_unless_they_are_null(directory):
+    gemma = {"architectures": ["Gemma2ForCausalLM"], "hidden_act": None, "query_pre_attn_scalar": 16,
+             "sliding_window": 64}
+    caps = [(config.attention_softcap, config.final_softcap) for config in (
+        read_model_config(directory(gemma)),
+        read_model_config(directory(gemma | {"attn_logit_softcapping": None, "final_logit_softcapping": 20.0})))]
+    assert caps == [(50.0, 30.0), (None, 20.0)]
+
+
+def test_phi3_of_transformers_4_is_read(directory):
+    config = read_model_config(directory({
+        "architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5, "original_max_position_embeddings": 32,
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2, 3, 4, 5]}}))
+    assert config.rotary_dim == 8
+    assert config.rope_scaling.kind == "longrope"
+    assert config.rope_scaling.original_max_position_embeddings == 32
+    assert config.rope_scaling.long_frequency_factors == (2.0, 3.0, 4.0, 5.0)
+    assert config.rope_scaling.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(32)))
+
+
+def test_yarn_reaches_as_far_as_it_stretches(directory):
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config = read_model_config(directory({"rope_scaling": scaling}))
+    assert config.max_position_embeddings == 256
+    assert config.rope_scaling.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+
+
+@pytest.mark.parametrize(("architecture", "changes", "message"), [
+    ("MistralForCausalLM", {"attention_bias": True}, "'attention_bias' True is not supported for mistral; .*: False"),
+    ("MistralForCausalLM", {"layer_types": ["full_attention"] * 2}, "'layer_types' .* for mistral; supported: nothing"),
+    ("Qwen2ForCausalLM", {"attention_bias": True}, "'attention_bias' True is not supported for qwen2"),
+    ("Qwen2ForCausalLM", {"use_sliding_window": True, "layer_types": ["odd", "even"]}, "'layer_types' must name 2"),
+    ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' True"),
+    ("GPT2LMHeadModel", {"add_cross_attention": True}, "'add_cross_attention' True is not supported for gpt2"),
+    ("GPTBigCodeForCausalLM", {"scale_attn_weights": False}, "'scale_attn_weights' False is not supported"),
+    ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}, r"'mlp_only_layers' \[0\] is not supported for qwen3_moe"),
+    ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2}, "'decoder_sparse_step' 2 is not supported"),
+    ("MixtralForCausalLM", {"num_experts_per_tok": 9}, "cannot go to 9 of 4 experts"),
+    ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "'use_bidirectional_attention' True"),
+    ("Gemma3ForCausalLM", {"sliding_window": None}, "'sliding_window' is missing"),
+    ("Gemma3ForCausalLM", {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
+     "'rope_type' 'yarn' is not supported for sliding_attention"),
+    ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, r"'partial_rotary_factor' 0\.5 is not supported for llama"),
+    ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+     "'short_factor' must be a list of 8 positive, finite numbers"),
+    ("FalconForCausalLM", {"new_decoder_architecture": False, "alibi": True}, "'alibi' True is not supported"),
+    ("FalconForCausalLM", {"new_decoder_architecture": False, "parallel_attn": False}, "'parallel_attn' False"),
+    ("FalconForCausalLM", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+     "'num_ln_in_parallel_attn' 1 is not supported for falcon_40b"),
+    ("MptForCausalLM", {}, "architecture MptForCausalLM is not supported"),
+    ("Gemma3ForConditionalGeneration", {}, "Gemma3ForConditionalGeneration is not supported"),
+])
+def test_what_a_family_does_not_compute_is_refused_by_name(directory, architecture, changes, message):
+    needed = EXPERTS | {"query_pre_attn_scalar": 16, "sliding_window": 64, "moe_intermediate_size": 32, "n_embd": 64,
+                        "n_inner": 96, "n_layer": 2, "n_head": 4, "n_positions": 64, "layer_norm_epsilon": 1e-5,
+                        "hidden_act": None}
+    with pytest.raises(ModelLoadError, match=message):
+        read_model_config(directory({"architectures": [architecture]} | needed | changes))
 
 
 def test_missing_path_is_refused(tmp_path):

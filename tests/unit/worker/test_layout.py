@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,6 +72,18 @@ def test_local_query_heads_read_the_kv_head_of_the_whole_model(model, tp_size):
 def test_ranks_read_the_same_bytes_within_two_percent(model, tp_size):
     sizes = [weight_elements(model, part) for part in layouts(model, tp_size)]
     assert max(sizes) / (sum(sizes) / tp_size) < 1.02
+
+
+def test_experts_and_ungated_mlps_weigh_what_they_have():
+    dense = config(32, 4, 128, 2048, 768, 151936, 48)
+    experts = msgspec.structs.replace(dense, family="qwen3_moe", num_experts=128, num_experts_per_token=8)
+    ungated = msgspec.structs.replace(dense, family="gpt2")
+    for model, matrices in ((experts, 3 * 128), (ungated, 2)):
+        parts = layouts(model, 3)
+        attention = [2 * (part.num_heads + part.num_kv_heads) * model.head_dim * model.num_layers for part in parts]
+        sizes = [held + matrices * len(part.mlp_columns) * model.num_layers + len(part.vocab)
+                 for held, part in zip(attention, parts, strict=True)]
+        assert max(sizes) / (sum(sizes) / 3) < 1.02
 
 
 def test_three_kv_heads_on_two_ranks_split_two_and_one():
