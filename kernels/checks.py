@@ -7,6 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .triton.available import NAME as TRITON
+
 REFERENCE = "torch-reference"
 MAX_HEAD_DIM = 256
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -34,7 +36,7 @@ def checked_cache(cache: Tensor, layer: int, backend_name: str) -> torch.Size:
 
 
 def check_device(label: str, tensor: Tensor, backend_name: str) -> None:
-    if backend_name != REFERENCE and tensor.device.type != "cpu":
+    if backend_name not in (REFERENCE, TRITON) and tensor.device.type != "cpu":
         raise ValueError(f"{label} is on {tensor.device}; {backend_name} kernels take CPU tensors")
 
 

@@ -1,16 +1,18 @@
 """The op set: what each op means, the checks that stand before every backend, and the choice of a backend.
 
-The environment variable KVARTO_KERNELS, read at each call, chooses: `auto` (the default: the best native
-kernels for this processor, else torch), `reference`, or the name of a backend in `available_backends()`.
+The environment variable KVARTO_KERNELS, read at each call, chooses: `auto` (the default: on a GPU Triton, on a
+processor the best native kernels; else torch), `reference`, or the name of a backend in `available_backends()`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import math
 import os
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,9 @@ from .checks import (
     token_stride,
 )
 from .native.library import NativeAttention, NativeBlockCopy, NativeCache, NativeLibrary, NativeLinear, load_library
+from .triton import available as triton_available
+
+TRITON = triton_available.NAME
 
 # Keyed by the status of abi.h; {} is the offending sequence or token.
 STATUS_MESSAGES = {
@@ -42,23 +47,31 @@ STATUS_MESSAGES = {
 }
 
 
-def available_backends() -> tuple[str, ...]:
-    """Every backend that runs here, slowest first; a missing native library is warned about once."""
+def available_backends(device_type: str = "cpu") -> tuple[str, ...]:
+    """Every backend that runs on such devices, slowest first; a missing native library is warned about once."""
+    if device_type != "cpu":
+        return (REFERENCE, *([TRITON] if triton_available.runs_on(device_type) else ()))
     library = load_library()
     return (REFERENCE, *(library.isas if library else ()))
 
 
-def backend() -> str:
-    """The backend that a call made now would use.
+def backend(device_type: str = "cpu") -> str:
+    """The backend that a call made now would use, on tensors of such a device ("cpu", "cuda").
 
     Returns:
-        One of `native-avx512-bf16`, `native-avx512`, `native-avx2`, `native-portable`, `torch-reference`.
+        One of `triton`, `native-avx512-bf16`, `native-avx512`, `native-avx2`, `native-portable`, `torch-reference`.
 
     Raises:
         ValueError: KVARTO_KERNELS names a backend that is unknown or does not run here.
     """
     chosen = os.environ.get("KVARTO_KERNELS", "auto")
-    return REFERENCE if chosen in ("reference", REFERENCE) else _resolve(chosen, load_library())
+    if chosen in ("reference", REFERENCE):
+        return REFERENCE
+    if chosen == TRITON and triton_available.runs_on(device_type):
+        return TRITON  # on a processor this is the interpreter, for tests
+    if chosen == "auto" and device_type != "cpu":
+        return available_backends(device_type)[-1]
+    return _resolve(chosen, load_library())
 
 
 @functools.cache
@@ -85,9 +98,10 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, layout, device, layer, or a slot outside the cache (nothing is written then).
+        ValueError: a wrong shape, layout, device, layer, or a slot outside the cache (nothing is written then; Triton
+            drops that row instead, because the host does not wait for the device).
     """
-    name = backend()
+    name = backend(cache.device.type)
     shape, dtype, device = checked_cache(cache, layer, name), cache.dtype, cache.device
     expected = (slot_mapping.numel(), shape[3], shape[5])
     check("key", key, dtype, expected, device)
@@ -96,6 +110,9 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
     key_stride, value_stride = token_stride("key", key), token_stride("value", value)
     if name == REFERENCE:
         reference.write_kv(key, value, cache, layer, slot_mapping)
+        return
+    if name == TRITON:
+        _triton().write_kv(key, value, _triton().LayerCache.of(cache, layer), dense(slot_mapping, "slot_mapping"))
         return
     library = _library()
     detail = ctypes.c_int64()
@@ -130,7 +147,7 @@ def copy_blocks(source: Tensor, destination: Tensor, pairs: list[tuple[int, int]
         TypeError: a wrong dtype.
         ValueError: a wrong shape, layout or device, or a block outside its tensor (nothing is copied then).
     """
-    name = backend()
+    name = backend(source.device.type)
     dense_blocks("source", source)
     dense_blocks("destination", destination)
     check_device("source", source, name)
@@ -140,6 +157,9 @@ def copy_blocks(source: Tensor, destination: Tensor, pairs: list[tuple[int, int]
         return
     if name == REFERENCE:
         reference.copy_blocks(source, destination, torch.from_numpy(checked).to(source.device))
+        return
+    if name == TRITON:
+        _triton().copy_blocks(source, destination, checked)
         return
     item_bytes = source.element_size()
     call = NativeBlockCopy(
@@ -173,7 +193,8 @@ def paged_attention(
     `h // (num_heads // num_kv_heads)`. Slots past a sequence's kv_len are never read, whatever they hold.
 
     On the native backends the bits of a query's result depend only on that query and on the rows it sees: not on
-    the batch, the chunking of the prefill, the blocks and block_size, or the number of threads.
+    the batch, the chunking of the prefill, the blocks and block_size, or the number of threads. With Triton this holds
+    of decodes (sequences with one query), not of chunks.
 
     Args:
         query: `[num_tokens, num_heads, head_dim]`, of the cache's dtype; tokens may be any stride apart.
@@ -189,9 +210,10 @@ def paged_attention(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, layout, device, layer, or values that contradict one another.
+        ValueError: a wrong shape, layout, device, layer, or values that contradict one another (Triton trusts the
+            values, because the host does not wait for the device).
     """
-    name = backend()
+    name = backend(cache.device.type)
     shape, dtype, device = checked_cache(cache, layer, name), cache.dtype, cache.device
     query_shape = query.shape
     if len(query_shape) != 3 or query_shape[2] != shape[5] or query_shape[1] % shape[3] != 0:
@@ -209,6 +231,11 @@ def paged_attention(
     check("query_start_loc", query_start_loc, torch.int32, (num_seqs + 1,), device)
     if name == REFERENCE:
         return reference.paged_attention(query, cache, layer, block_tables, query_start_loc, kv_lens, scale)
+    if name == TRITON:
+        values = [dense(block_tables, "block_tables"), dense(query_start_loc, "query_start_loc")]
+        values.append(dense(kv_lens, "kv_lens"))
+        attended: Tensor = _triton().paged_attention(query, _triton().LayerCache.of(cache, layer), *values, scale)
+        return attended
     library = _library()
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     detail = ctypes.c_int64()
@@ -239,7 +266,7 @@ class PackedLinear:
     """A weight in the order in which the backend that packed it reads it; made by `pack_linear`.
 
     It keeps its backend whatever KVARTO_KERNELS says later, and no reference to the original weight, except
-    that `torch-reference` holds the weight itself.
+    that `torch-reference` and `triton` hold the weight itself.
     """
 
     data: Tensor
@@ -264,7 +291,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         TypeError: a wrong dtype.
         ValueError: a wrong shape, layout or device.
     """
-    name = backend()
+    name = backend(weight.device.type)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out_features, in_features], got {list(weight.shape)}")
     n, k = weight.shape
@@ -276,7 +303,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         check("bias", bias, bias.dtype, (n,), weight.device)
         bias = bias.detach().float().contiguous()
     weight = weight.detach()
-    if name == REFERENCE:
+    if name in (REFERENCE, TRITON):
         return PackedLinear(weight, bias, n, k, name)
     if weight.stride(1) != 1:
         weight = weight.contiguous()
@@ -311,6 +338,9 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
         raise ValueError(f"x is on {x.device}, the weight on {packed.data.device}")
     if packed.backend == REFERENCE:
         return reference.linear(x, packed.data, packed.bias)
+    if packed.backend == TRITON:  # the vendor's matrix multiplication, through torch
+        bias = None if packed.bias is None else packed.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, packed.data.to(x.dtype), bias)
     if x.stride(1) != 1 and x.numel() > 0:
         raise ValueError(f"x must have dense rows, got strides {x.stride()}")
     library = _library()
@@ -331,6 +361,11 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     )
     _raise_for(library.linear(call), 0)
     return out
+
+
+def _triton() -> ModuleType:
+    """What launches the Triton kernels; not imported before it is needed, since Triton may not be there."""
+    return importlib.import_module(".triton.launch", __package__)
 
 
 def _library() -> NativeLibrary:

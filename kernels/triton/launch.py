@@ -1,0 +1,188 @@
+"""From tensors to grids: the ops of `ops.py` on Triton kernels. Shapes and dtypes have been checked there.
+
+Nothing here waits for the device: values of block tables, lengths and slots are trusted, and what the host does not
+know (which sequences decode, how long they are) the kernels look up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+from torch import Tensor
+
+from .available import interpreted
+from .cache import copy_blocks_kernel, write_kv_kernel
+from .configs import COPY_CHUNK_WORDS, MAX_DECODE_HEADS, MAX_SPLITS, WRITE_CHUNK, TileConfig, config_for
+from .decode import MIN_SPLIT_TOKENS, decode_kernel, reduce_kernel
+from .prefill import prefill_kernel
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer of a paged cache, as the kernels address it: block b's keys begin `b * block_stride` after `key`.
+
+    `key`, `value`: any tensors that begin where block 0's do.
+    """
+
+    key: Tensor
+    value: Tensor
+    block_stride: int
+    num_blocks: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, cache: Tensor, layer: int) -> LayerCache:
+        """`cache`: `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`, contiguous."""
+        num_blocks, _, _, num_kv_heads, block_size, head_dim = cache.shape
+        return cls(cache[:, layer, 0], cache[:, layer, 1], cache.stride(0), num_blocks, num_kv_heads, block_size,
+                   head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What a query sees besides causality: the last `window` rows (its own included) and the first `num_sinks`; None is
+    no window. `soft_cap`: scores are bent to `cap * tanh(score / cap)`."""
+
+    window: int | None = None
+    num_sinks: int = 0
+    soft_cap: float | None = None
+
+
+CAUSAL = Mask()
+
+
+def write_kv(key: Tensor, value: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+    """As `ops.write_kv`, but rows whose slot is outside the cache are dropped."""
+    num_tokens = slot_mapping.numel()
+    row_size = cache.num_kv_heads * cache.head_dim
+    if num_tokens == 0:
+        return
+    with _on(key.device):
+        write_kv_kernel[num_tokens, triton.cdiv(row_size, WRITE_CHUNK)](
+            key, value, cache.key, cache.value, slot_mapping, cache.num_blocks * cache.block_size, row_size,
+            key.stride(0), value.stride(0), cache.block_stride,
+            BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim, CHUNK=WRITE_CHUNK)
+
+
+def paged_attention(query: Tensor, cache: LayerCache, block_tables: Tensor, query_start_loc: Tensor, kv_lens: Tensor,
+                    scale: float, mask: Mask = CAUSAL, max_query_len: int | None = None) -> Tensor:
+    """As `ops.paged_attention`. `max_query_len`: of the longest sequence, where the host knows it; kernels that
+    it shows to have nothing to do are not launched."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if query.numel() == 0:
+        return out
+    group = query.shape[1] // cache.num_kv_heads
+    padded_dim = max(16, triton.next_power_of_2(cache.head_dim))
+    arguments = (block_tables, query_start_loc, kv_lens, scale, mask, group)
+    with _on(query.device):
+        backend, arch = _target()
+        _decode(query, out, cache, *arguments,
+                config_for("decode", backend, arch, padded_dim, query.element_size()))
+        if max_query_len is None or max_query_len > 1:
+            _prefill(query, out, cache, *arguments,
+                     config_for("prefill", backend, arch, padded_dim, query.element_size()))
+    return out
+
+
+def _decode(query: Tensor, out: Tensor, cache: LayerCache, block_tables: Tensor, query_start_loc: Tensor,
+            kv_lens: Tensor, scale: float, mask: Mask, group: int, config: TileConfig) -> None:
+    num_seqs, num_heads = kv_lens.numel(), query.shape[1]
+    heads = even_share(group, MAX_DECODE_HEADS)
+    num_splits = splits_for(block_tables.shape[1] * cache.block_size)
+    partial = torch.empty((num_seqs, num_heads, num_splits, cache.head_dim), dtype=torch.float32, device=query.device)
+    lse = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=query.device)
+    decode_kernel[num_splits, cache.num_kv_heads * triton.cdiv(group, heads), num_seqs](
+        query, cache.key, cache.value, block_tables, query_start_loc, kv_lens, partial, lse,
+        query.stride(0), cache.block_stride, block_tables.stride(0), scale,
+        GROUP=group, HEADS=heads, BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim, TILE_N=config.tile_n,
+        NUM_SPLITS=num_splits, WINDOW=mask.window, NUM_SINKS=mask.num_sinks, SOFT_CAP=mask.soft_cap,
+        num_warps=config.num_warps, num_stages=config.num_stages)
+    reduce_kernel[num_heads, num_seqs](
+        partial, lse, out, query_start_loc, kv_lens, HEAD_DIM=cache.head_dim, TILE_N=config.tile_n,
+        NUM_SPLITS=num_splits, WINDOW=mask.window, NUM_SINKS=mask.num_sinks)
+
+
+def _prefill(query: Tensor, out: Tensor, cache: LayerCache, block_tables: Tensor, query_start_loc: Tensor,
+             kv_lens: Tensor, scale: float, mask: Mask, group: int, config: TileConfig) -> None:
+    num_tokens, num_seqs = query.shape[0], kv_lens.numel()
+    heads = even_share(group, config.rows)
+    num_tiles = num_tokens // (config.rows // heads) + num_seqs
+    prefill_kernel[num_tiles, cache.num_kv_heads * triton.cdiv(group, heads)](
+        query, out, cache.key, cache.value, block_tables, query_start_loc, kv_lens, num_seqs,
+        query.stride(0), cache.block_stride, block_tables.stride(0), scale,
+        GROUP=group, HEADS=heads, ROWS=config.rows, BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim,
+        TILE_N=config.tile_n, WINDOW=mask.window, NUM_SINKS=mask.num_sinks, SOFT_CAP=mask.soft_cap,
+        num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def even_share(group: int, most: int) -> int:
+    """Heads per tile when a group is divided evenly among as few tiles of at most `most` as it takes."""
+    return -(-group // -(-group // most))
+
+
+def splits_for(max_rows: int) -> int:
+    """Splits that a sequence of so many rows may need: a power of two. Fewer than MAX_SPLITS change no bit."""
+    return min(MAX_SPLITS, int(triton.next_power_of_2(-(-max_rows // MIN_SPLIT_TOKENS.value))))
+
+
+def copy_blocks(source: Tensor, destination: Tensor, pairs: npt.NDArray[np.int64]) -> None:
+    """As `ops.copy_blocks`; besides, either tensor may be in pinned host memory. The copy is queued, not awaited.
+
+    Raises:
+        ValueError: a block outside its tensor.
+    """
+    bad = ((pairs < 0) | (pairs >= (source.shape[0], destination.shape[0]))).any(1)
+    if bad.any():
+        raise ValueError(f"pairs: pair {int(bad.argmax())} names a block outside its tensor")
+    device = destination.device if source.device.type == "cpu" else source.device
+    words = [_as_words(tensor, source, destination) for tensor in (source, destination)]
+    num_words = words[0].shape[1]
+    if not len(pairs) or not num_words:
+        return
+    on_device = torch.from_numpy(pairs).to(device, non_blocking=True)
+    with _on(device):
+        copy_blocks_kernel[len(pairs), triton.cdiv(num_words, COPY_CHUNK_WORDS)](
+            *words, on_device, num_words, words[0].stride(0), words[1].stride(0), CHUNK=COPY_CHUNK_WORDS)
+
+
+def gather_blocks(source: Tensor, block_ids: npt.NDArray[np.int64]) -> Tensor:
+    """Blocks of a pool, one after another in a staging buffer of its device, which one memcpy takes to the host."""
+    staging = torch.empty((len(block_ids), *source.shape[1:]), dtype=source.dtype, device=source.device)
+    copy_blocks(source, staging, np.stack([block_ids, np.arange(len(block_ids))], 1))
+    return staging
+
+
+def scatter_blocks(staging: Tensor, destination: Tensor, block_ids: npt.NDArray[np.int64]) -> None:
+    """The way back: `destination[block_ids[i]] = staging[i]`."""
+    copy_blocks(staging, destination, np.stack([np.arange(len(block_ids)), block_ids], 1))
+
+
+def _as_words(tensor: Tensor, *both: Tensor) -> Tensor:
+    """`[num_blocks, num_words]` of the widest integers that fit the blocks of both tensors."""
+    item_bytes = tensor.element_size()
+    block_elements = tensor[0].numel() if len(tensor) else 0
+    flat = tensor.as_strided((len(tensor), block_elements), (tensor.stride(0), 1))
+    lengths = [block_elements, *(length for x in both for length in (x.stride(0), x.storage_offset()))]
+    for word in (torch.int64, torch.int32, torch.int16):
+        if all(length * item_bytes % word.itemsize == 0 for length in lengths):
+            return flat.view(word)
+    return flat.view(torch.int8)
+
+
+def _target() -> tuple[str, str]:
+    """(cuda | hip | interpreter, architecture) of the current device."""
+    if interpreted():
+        return "interpreter", ""
+    target = triton.runtime.driver.active.get_current_target()
+    return str(target.backend), str(target.arch)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
