@@ -1,15 +1,10 @@
-"""kvarto's kernels: one op set, several backends. Shapes, dtypes and errors are documented in `ops.py`."""
+"""kvarto's kernels: one op set, several backends. Shapes, dtypes and errors are documented in `ops.py` (attention and
+the KV cache) and `linear_ops.py`, masks in `mask.py`, quantized caches in `kv_layout.py`."""
 
-from .ops import (
-    PackedLinear,
-    available_backends,
-    backend,
-    copy_blocks,
-    linear,
-    pack_linear,
-    paged_attention,
-    write_kv,
-)
+from .backends import available_backends, backend
+from .linear_ops import PackedLinear, linear, pack_linear
+from .mask import CAUSAL, FarSinks, Mask
+from .ops import copy_blocks, paged_attention, write_kv
 
-__all__ = ["PackedLinear", "available_backends", "backend", "copy_blocks", "linear", "pack_linear", "paged_attention",
-           "write_kv"]
+__all__ = ["CAUSAL", "FarSinks", "Mask", "PackedLinear", "available_backends", "backend", "copy_blocks", "linear",
+           "pack_linear", "paged_attention", "write_kv"]

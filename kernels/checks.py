@@ -2,37 +2,83 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .triton.available import NAME as TRITON
+from .kv_layout import FP8, QUANTIZED_DTYPES, SCALE_BYTES, quantized
+from .mask import FarSinks, Mask
+from .triton import available as triton_available
 
+TRITON = triton_available.NAME
 REFERENCE = "torch-reference"
 MAX_HEAD_DIM = 256
+# The numbers of abi.h.
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CACHE_DTYPE_NUMBERS = {**DTYPE_NUMBERS, torch.int8: 3, FP8: 4}
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 
-def checked_cache(cache: Tensor, layer: int, backend_name: str) -> torch.Size:
-    check_dtype("cache", cache)
+class CacheShape(NamedTuple):
+    num_blocks: int
+    num_layers: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+
+
+def checked_cache(cache: Tensor, layer: int, backend_name: str) -> CacheShape:
+    if cache.dtype not in CACHE_DTYPE_NUMBERS:
+        raise TypeError(f"cache must be float32, bfloat16, float16, int8 or uint8 (E3M4), got {cache.dtype}")
     shape = cache.shape
     if len(shape) != 6 or shape[2] != 2:
         raise ValueError(
-            f"cache must be [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], got {list(shape)}"
+            f"cache must be [num_blocks, num_layers, 2, num_kv_heads, block_size, row], got {list(shape)}"
         )
-    _, num_layers, _, _, block_size, head_dim = shape
+    num_blocks, num_layers, _, num_kv_heads, block_size, row = shape
+    head_dim = row - SCALE_BYTES if quantized(cache.dtype) else row
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
     if head_dim % 8 != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(
+            f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim} ({cache.dtype} rows of {row})"
+        )
     if not cache.is_contiguous():
         raise ValueError(f"cache must be contiguous, got strides {cache.stride()}")
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer must be in [0, {num_layers}), got {layer}")
     check_device("cache", cache, backend_name)
-    return shape
+    return CacheShape(num_blocks, num_layers, num_kv_heads, block_size, head_dim)
+
+
+def check_row_dtype(label: str, rows: Tensor, cache: Tensor) -> None:
+    """Rows beside a cache are of its dtype, or, where it is quantized, of any that can be quantized."""
+    if cache.dtype in QUANTIZED_DTYPES:
+        check_dtype(label, rows)
+    elif rows.dtype != cache.dtype:
+        raise TypeError(f"{label} must be {cache.dtype}, got {rows.dtype}")
+
+
+def check_far_sinks(far: FarSinks, mask: Mask, query: Tensor) -> None:
+    if mask.window is None or mask.num_sinks == 0:
+        raise ValueError(f"far_sinks need a mask with a window and sinks, got {mask}")
+    check("far_sinks.query", far.query, query.dtype, query.shape, query.device)
+    token_stride("far_sinks.query", far.query)
+    if far.cos is None and far.sin is None:
+        return
+    if far.cos is None or far.sin is None:
+        raise ValueError("far_sinks: cos and sin come together")
+    if far.cos.dim() != 2 or not 0 < 2 * far.cos.shape[1] <= query.shape[2]:
+        raise ValueError(
+            f"far_sinks.cos must be [{mask.num_sinks}, up to head_dim / 2 = {query.shape[2] // 2}], "
+            f"got {list(far.cos.shape)}"
+        )
+    for label, angles in (("far_sinks.cos", far.cos), ("far_sinks.sin", far.sin)):
+        check(label, angles, torch.float32, (mask.num_sinks, far.cos.shape[1]), query.device)
+        dense(angles, label)
 
 
 def check_device(label: str, tensor: Tensor, backend_name: str) -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kv_layout import FP8, LARGEST_CODE, codes_and_scales, quantized, widen
+from .mask import CAUSAL, FarSinks, Mask
+
 
 def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping: Tensor) -> None:
     num_blocks, block_size = cache.shape[0], cache.shape[4]
@@ -15,8 +18,31 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
     if bad.any():
         raise ValueError(f"slot_mapping: the slot of token {int(bad.nonzero()[0, 0])} is outside the cache")
     block_ids, offsets = slot_mapping // block_size, slot_mapping % block_size
-    cache[block_ids, layer, 0, :, offsets] = key
-    cache[block_ids, layer, 1, :, offsets] = value
+    for side, rows in enumerate((key, value)):
+        if not quantized(cache.dtype):
+            cache[block_ids, layer, side, :, offsets] = rows
+            continue
+        codes, scales = codes_and_scales(cache)
+        new_codes, new_scales = quantize(rows.float(), cache.dtype)
+        codes[block_ids, layer, side, :, offsets] = new_codes
+        scales[block_ids, layer, side, :, offsets] = new_scales
+
+
+def quantize(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes `[..., head_dim]` of the dtype and scales `[...]` of float32 rows `[..., head_dim]`; see `kv_layout.py`."""
+    largest = LARGEST_CODE[dtype]
+    scales = rows.abs().amax(-1) / largest
+    scales = scales.masked_fill(~rows.isfinite().all(-1), float("nan"))
+    parts = torch.where((scales > 0).unsqueeze(-1), rows / scales.unsqueeze(-1), 0.0).clamp(-largest, largest)
+    return (parts.round().to(dtype) if dtype == torch.int8 else _to_fp8(parts)), scales
+
+
+def _to_fp8(parts: Tensor) -> Tensor:
+    """The E3M4 codes nearest to float32 numbers from -31 to 31."""
+    magnitudes = parts.abs()
+    mantissas, exponents = magnitudes.frexp()  # mantissas from 1/2 to 1: 16 to 32 steps, of which 32 carry
+    normal, small = (mantissas * 32).round() + 16 * (exponents + 1), (magnitudes * 2.0**6).round()
+    return torch.where(magnitudes < 2.0**-2, small, normal).to(FP8) | parts.signbit().to(FP8) << 7
 
 
 def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
@@ -35,6 +61,8 @@ def paged_attention(
     query_start_loc: Tensor,
     kv_lens: Tensor,
     scale: float,
+    mask: Mask = CAUSAL,
+    far_sinks: FarSinks | None = None,
 ) -> Tensor:
     block_size = cache.shape[4]
     starts, lens = query_start_loc.tolist(), kv_lens.tolist()
@@ -44,24 +72,80 @@ def paged_attention(
         begin, end = starts[seq], starts[seq + 1]
         if begin == end:
             continue
-        block_ids = block_tables[seq, : -(-kv_len // block_size)].long()
+        first = kv_len - (end - begin)  # row of the first query, which sees farthest back
+        behind = 0 if mask.window is None else max(0, first - mask.window + 1)
+        seen = torch.cat((torch.arange(min(mask.num_sinks, behind)), torch.arange(behind, kv_len))).to(cache.device)
+        block_ids = block_tables[seq, seen // block_size].long()
         if ((block_ids < 0) | (block_ids >= cache.shape[0])).any():
             raise ValueError(f"block_tables: sequence {seq} names a block outside the cache")
-        # [num_blocks, 2, num_kv_heads, block_size, head_dim] -> [2, num_kv_heads, kv_len, head_dim]
-        rows = cache[block_ids, layer].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :kv_len].float()
-        out[begin:end] = _attend(query[begin:end].float(), rows[0], rows[1], scale).to(query.dtype)
+        keys, values = _read(cache, layer, block_ids, seen % block_size)
+        far = None
+        if far_sinks is not None:
+            far = FarSinks(far_sinks.query[begin:end].float(), far_sinks.cos, far_sinks.sin)
+        positions = torch.arange(first, kv_len, device=cache.device)
+        out[begin:end] = _attend(query[begin:end].float(), positions, keys, values, seen, scale, mask, far)
     return out
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def _read(cache: Tensor, layer: int, block_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V, `[num_kv_heads, num_rows, head_dim]` float32, of the rows at those offsets in those blocks."""
+    if quantized(cache.dtype):
+        codes, scales = codes_and_scales(cache)
+        rows = widen(codes[block_ids, layer, :, :, offsets]) * scales[block_ids, layer, :, :, offsets].unsqueeze(-1)
+    else:
+        rows = cache[block_ids, layer, :, :, offsets].float()
+    # [num_rows, 2, num_kv_heads, head_dim]
+    keys, values = rows.permute(1, 2, 0, 3)
+    return keys, values
+
+
+def _attend(
+    query: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_positions: Tensor,
+    scale: float,
+    mask: Mask,
+    far_sinks: FarSinks | None,
+) -> Tensor:
     num_queries, num_heads, head_dim = query.shape
-    num_kv_heads, kv_len, _ = keys.shape
-    grouped = query.view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim).permute(1, 2, 0, 3)
-    scores = grouped @ keys.unsqueeze(1).transpose(-1, -2) * scale  # [num_kv_heads, group, num_queries, kv_len]
-    positions = torch.arange(kv_len, device=query.device)
-    hidden = positions > positions[kv_len - num_queries :, None]
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(query.shape)
+    group = num_heads // keys.shape[0]
+    scores = _dots(query, keys) * scale  # [num_kv_heads, group, num_queries, num_rows]
+    row, query_row = key_positions, positions[:, None]
+    seen = row <= query_row
+    if mask.window is not None:
+        sinks, near = row < mask.num_sinks, row > query_row - mask.window
+        seen = seen & (near | sinks)
+        if far_sinks is not None:
+            turned = keys
+            if far_sinks.cos is not None and far_sinks.sin is not None:
+                count = int(sinks.sum())  # they are the first rows, from 0 on
+                turned = keys.clone()
+                turned[:, :count] = _turn_back(keys[:, :count], far_sinks.cos[:count], far_sinks.sin[:count])
+            scores = torch.where(sinks & ~near, _dots(far_sinks.query, turned) * scale, scores)
+    if mask.soft_cap is not None:
+        scores = mask.soft_cap * (scores / mask.soft_cap).tanh()
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    # A weight of 0 must not let in what is not finite.
+    finite = values.isfinite()
+    out = weights @ values.where(finite, 0.0).unsqueeze(1)
+    spoilt = seen.float() @ (~finite).float() > 0  # [num_kv_heads, num_queries, head_dim]
+    out = out.masked_fill(spoilt.unsqueeze(1), float("nan"))
+    return out.permute(2, 0, 1, 3).reshape(num_queries, group * keys.shape[0], head_dim)
+
+
+def _dots(query: Tensor, keys: Tensor) -> Tensor:
+    num_queries, _, head_dim = query.shape
+    grouped = query.reshape(num_queries, keys.shape[0], -1, head_dim).permute(1, 2, 0, 3)
+    return grouped @ keys.unsqueeze(1).transpose(-1, -2)
+
+
+def _turn_back(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotated by the opposite of the angles; rotate-half convention, elements behind the rotary ones as they are."""
+    half = cos.shape[1]
+    first, second, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), -1)
 
 
 def _check_ragged(starts: list[int], lens: list[int], num_tokens: int, max_rows: int) -> None:

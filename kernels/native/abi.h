@@ -5,9 +5,18 @@
 
 #include <cstdint>
 
-#define KVARTO_ABI_VERSION 2
+#define KVARTO_ABI_VERSION 4
 
-enum KvartoDtype : int32_t { KVARTO_F32 = 0, KVARTO_BF16 = 1, KVARTO_F16 = 2, KVARTO_NUM_DTYPES = 3 };
+// The first KVARTO_NUM_FLOATS are those of activations and weights; the rest, of codes in a cache, have scales.
+enum KvartoDtype : int32_t {
+  KVARTO_F32 = 0,
+  KVARTO_BF16 = 1,
+  KVARTO_F16 = 2,
+  KVARTO_NUM_FLOATS = 3,
+  KVARTO_I8 = 3,
+  KVARTO_F8 = 4,  // E3M4, as in kernels/kv_layout.py
+  KVARTO_NUM_DTYPES = 5,
+};
 
 enum KvartoStatus : int32_t {
   KVARTO_OK = 0,
@@ -19,22 +28,28 @@ enum KvartoStatus : int32_t {
   KVARTO_BAD_BLOCK_PAIR = 6,       // detail: the pair
 };
 
-// cache: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous.
+// cache: [num_blocks, num_layers, 2, num_kv_heads, a head], contiguous. A head is [block_size, head_dim] of dtype and,
+// where that is quantized, then [block_size] float32 scales.
 struct KvartoCache {
   void* data;
   int64_t num_blocks, num_layers, num_kv_heads, block_size, head_dim;
+  int32_t dtype;
 };
 
-// query [num_tokens, num_heads, head_dim], rows query_stride elements apart; out contiguous.
+// query [num_tokens, num_heads, head_dim] of dtype, rows query_stride elements apart; out contiguous.
 struct KvartoAttention {
   KvartoCache cache;
   const void* query;
+  const void* far_query;  // what meets the keys of sinks behind the window
+  const float* cos;       // [num_sinks, num_angles]: how their keys are turned back first; null: they are not
+  const float* sin;
   void* out;
   const int32_t* block_tables;     // [num_seqs, max_blocks]
   const int32_t* query_start_loc;  // [num_seqs + 1]
   const int32_t* kv_lens;          // [num_seqs]
-  int64_t num_tokens, num_seqs, max_blocks, num_heads, query_stride, layer;
-  float scale;
+  int64_t num_tokens, num_seqs, max_blocks, num_heads, query_stride, far_query_stride, num_angles, layer;
+  int64_t window, num_sinks;  // no window: one wider than any sequence
+  float scale, soft_cap;      // soft_cap 0: none
   int32_t dtype, isa, num_threads;
 };
 
@@ -62,8 +77,8 @@ struct KvartoBlockCopy {
 namespace kvarto {
 
 // KV rows are folded in chunks of CHUNK rows and, inside a chunk, in tiles of TILE rows, both
-// counted from row 0 of the sequence. A query's arithmetic therefore depends on nothing but the
-// number of rows it sees.
+// counted from row 0 of the sequence; before them the sinks behind the window, as a chunk of their own. A query's
+// arithmetic therefore depends on nothing but the rows it sees.
 constexpr int64_t CHUNK = 512;
 constexpr int64_t TILE = 32;
 // Columns of a weight that are packed side by side.
@@ -79,23 +94,24 @@ struct AttentionTile {
   const int32_t* block_table;
   int64_t first_token;    // row of query and out
   int64_t num_queries;
-  int64_t first_visible;  // KV rows seen by the first query; each later one sees one more
+  int64_t first_visible;  // KV rows up to and with the first query's own; each later query has one more
   int64_t kv_head;
+  bool sinks;             // the sinks behind the window too
   int64_t chunk_begin, chunk_end;
-  float* partial;         // records of chunk_begin, [rows, record]; null: fold and write out
+  float* partial;         // records [sinks + chunks, rows, record]; null: fold and write out
 };
 
 struct AttentionKernels {
-  void (*attend[KVARTO_NUM_DTYPES])(const KvartoAttention&, const AttentionTile&, float* scratch);
-  // Folds the partial records of all chunks, in order, and writes out.
-  void (*combine[KVARTO_NUM_DTYPES])(const KvartoAttention&, const AttentionTile&, float* scratch);
+  void (*attend[KVARTO_NUM_DTYPES])(const KvartoAttention&, const AttentionTile&, float* scratch);  // by the cache's
+  // Folds the partial records of the sinks and all chunks, in order, and writes out.
+  void (*combine)(const KvartoAttention&, const AttentionTile&, float* scratch);
 };
 
 struct LinearKernels {
   int64_t width;  // float lanes: fixes how 16-bit columns interleave inside a panel
-  void (*to_float[KVARTO_NUM_DTYPES])(const void* x, int64_t count, float* out);
+  void (*to_float[KVARTO_NUM_FLOATS])(const void* x, int64_t count, float* out);
   // One panel times x rows [m_begin, m_end); x is float32 with rows x_stride apart.
-  void (*panel[KVARTO_NUM_DTYPES])(const KvartoLinear&, const float* x, int64_t x_stride, int64_t panel,
+  void (*panel[KVARTO_NUM_FLOATS])(const KvartoLinear&, const float* x, int64_t x_stride, int64_t panel,
                                    int64_t m_begin, int64_t m_end, float* scratch);
 };
 

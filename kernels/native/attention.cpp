@@ -21,6 +21,9 @@ struct Job {
   int64_t work;
 };
 
+// What a tile has records of: the sinks behind the window, if any, and then its chunks.
+int64_t num_pieces(const AttentionTile& tile) { return tile.sinks + tile.chunk_end - tile.chunk_begin; }
+
 // Grows, never shrinks, so that a step does not pay for fresh pages.
 float* reserve(std::vector<float>& memory, int64_t size) {
   if ((int64_t)memory.size() < size) memory.resize(size);
@@ -36,7 +39,11 @@ int32_t check(const KvartoAttention& call, int64_t* detail) {
     const int64_t num_blocks = divide_up(call.kv_lens[s], call.cache.block_size);
     if (call.kv_lens[s] < num_queries || num_blocks > call.max_blocks) return KVARTO_BAD_KV_LEN;
     if (num_queries == 0) continue;
+    // The first query sees farthest back; what lies between the sinks and its window is not looked at.
+    const int64_t behind = std::max<int64_t>(0, call.kv_lens[s] - num_queries + 1 - call.window);
+    const int64_t sink_blocks = divide_up(std::min(call.num_sinks, behind), call.cache.block_size);
     for (int64_t b = 0; b < num_blocks; ++b) {
+      if (b == sink_blocks) b = std::max(b, behind / call.cache.block_size);
       const int32_t block_id = call.block_tables[s * call.max_blocks + b];
       if (block_id < 0 || block_id >= call.cache.num_blocks) return KVARTO_BAD_BLOCK_ID;
     }
@@ -53,10 +60,12 @@ std::vector<Job> cut(const KvartoAttention& call, int64_t tile_queries) {
       const int64_t num_queries = std::min(tile_queries, end - first);
       const int64_t first_visible = call.kv_lens[s] - (end - first) + 1;
       const int64_t last_visible = first_visible + num_queries - 1;
+      const int64_t behind = std::max<int64_t>(0, first_visible - call.window);
+      const int64_t sinks = std::min(call.num_sinks, std::max<int64_t>(0, last_visible - call.window));
       for (int64_t head = 0; head < call.cache.num_kv_heads; ++head)
-        jobs.push_back({{call.block_tables + s * call.max_blocks, first, num_queries, first_visible, head, 0,
-                         divide_up(last_visible, CHUNK), nullptr},
-                        num_queries * last_visible});
+        jobs.push_back({{call.block_tables + s * call.max_blocks, first, num_queries, first_visible, head, sinks > 0,
+                         behind / CHUNK, divide_up(last_visible, CHUNK), nullptr},
+                        num_queries * (last_visible - behind + sinks)});
     }
   }
   return jobs;
@@ -75,10 +84,10 @@ void run(const KvartoAttention& call, const AttentionKernels& kernels) {
   // a chunk, not what is computed.
   const int64_t share = total / (4 * budget);
   auto is_split = [&](const Job& job) {
-    return budget > 1 && job.tile.chunk_end > 1 && job.work > share;
+    return budget > 1 && num_pieces(job.tile) > 1 && job.work > share;
   };
   for (const Job& job : tiles)
-    if (is_split(job)) partial_size += job.tile.chunk_end * job.tile.num_queries * group * record;
+    if (is_split(job)) partial_size += num_pieces(job.tile) * job.tile.num_queries * group * record;
 
   static thread_local std::vector<float> partial_memory, scratch_memory;
   float* partial = reserve(partial_memory, partial_size);
@@ -89,11 +98,14 @@ void run(const KvartoAttention& call, const AttentionKernels& kernels) {
     }
     split.push_back(job);
     split.back().tile.partial = partial;
-    for (int64_t chunk = 0; chunk < job.tile.chunk_end; ++chunk) {
-      jobs.push_back({job.tile, job.work / job.tile.chunk_end});
-      jobs.back().tile.chunk_begin = chunk, jobs.back().tile.chunk_end = chunk + 1;
-      jobs.back().tile.partial = partial;
-      partial += job.tile.num_queries * group * record;
+    for (int64_t piece = 0; piece < num_pieces(job.tile); ++piece) {
+      jobs.push_back({job.tile, job.work / num_pieces(job.tile)});
+      AttentionTile& tile = jobs.back().tile;
+      tile.sinks = job.tile.sinks && piece == 0;
+      tile.chunk_begin = job.tile.chunk_begin + (tile.sinks ? 0 : piece - job.tile.sinks);
+      tile.chunk_end = tile.chunk_begin + !tile.sinks;
+      tile.partial = partial;
+      partial += tile.num_queries * group * record;
     }
   }
   std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.work > b.work; });
@@ -106,9 +118,9 @@ void run(const KvartoAttention& call, const AttentionKernels& kernels) {
   {
     float* mine = scratch + omp_get_thread_num() * scratch_size;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_jobs; ++i) kernels.attend[call.dtype](call, jobs[i].tile, mine);
+    for (int64_t i = 0; i < num_jobs; ++i) kernels.attend[call.cache.dtype](call, jobs[i].tile, mine);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_split; ++i) kernels.combine[call.dtype](call, split[i].tile, mine);
+    for (int64_t i = 0; i < num_split; ++i) kernels.combine(call, split[i].tile, mine);
   }
 }
 

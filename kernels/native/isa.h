@@ -14,6 +14,13 @@ struct Isa {
 // Null unless isa was built and this processor runs it.
 const Isa* find_isa(int32_t isa);
 
-inline int64_t element_size(int32_t dtype) { return dtype == KVARTO_F32 ? 4 : 2; }
+inline bool is_quantized(int32_t dtype) { return dtype >= KVARTO_NUM_FLOATS; }
+
+inline int64_t element_size(int32_t dtype) { return dtype == KVARTO_F32 ? 4 : is_quantized(dtype) ? 1 : 2; }
+
+// Bytes of one head of one block of a cache.
+inline int64_t head_bytes(const KvartoCache& cache) {
+  return cache.block_size * (cache.head_dim * element_size(cache.dtype) + (is_quantized(cache.dtype) ? 4 : 0));
+}
 
 }  // namespace kvarto

@@ -15,7 +15,7 @@ import torch  # noqa: F401
 if TYPE_CHECKING:
     from ctypes import _Pointer
 
-ABI_VERSION = 2
+ABI_VERSION = 4
 LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
@@ -31,6 +31,7 @@ class NativeCache(ctypes.Structure):
         ("num_kv_heads", c_int64),
         ("block_size", c_int64),
         ("head_dim", c_int64),
+        ("dtype", c_int32),
     ]
 
 
@@ -38,6 +39,9 @@ class NativeAttention(ctypes.Structure):
     _fields_ = [
         ("cache", NativeCache),
         ("query", c_void_p),
+        ("far_query", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
         ("out", c_void_p),
         ("block_tables", c_void_p),
         ("query_start_loc", c_void_p),
@@ -47,8 +51,13 @@ class NativeAttention(ctypes.Structure):
         ("max_blocks", c_int64),
         ("num_heads", c_int64),
         ("query_stride", c_int64),
+        ("far_query_stride", c_int64),
+        ("num_angles", c_int64),
         ("layer", c_int64),
+        ("window", c_int64),
+        ("num_sinks", c_int64),
         ("scale", c_float),
+        ("soft_cap", c_float),
         ("dtype", c_int32),
         ("isa", c_int32),
         ("num_threads", c_int32),
@@ -97,7 +106,7 @@ class NativeLibrary:
         detail: type[_Pointer[c_int64]] = POINTER(c_int64)
         self.write_kv = library.kvarto_write_kv
         self.write_kv.argtypes = [POINTER(NativeCache), c_void_p, c_void_p, c_void_p]
-        self.write_kv.argtypes += [c_int64, c_int64, c_int64, c_int64, c_int32, c_int32, detail]
+        self.write_kv.argtypes += [c_int64, c_int64, c_int64, c_int64, c_int32, c_int32, c_int32, detail]
         self.copy_blocks = library.kvarto_copy_blocks
         self.copy_blocks.argtypes = [POINTER(NativeBlockCopy), detail]
         self.paged_attention = library.kvarto_paged_attention

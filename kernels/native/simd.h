@@ -17,6 +17,13 @@ namespace KVARTO_ISA {
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+// Codes of quantized rows: what `load` gives is to be multiplied by the row's scale.
+struct i8 { int8_t bits; };
+struct f8 { uint8_t bits; };  // E3M4
+
+template <class T> constexpr bool QUANTIZED = false;
+template <> constexpr bool QUANTIZED<i8> = true;
+template <> constexpr bool QUANTIZED<f8> = true;
 
 #if defined(__AVX512F__)
 #include "simd_avx512.inc"
@@ -63,6 +70,25 @@ KVARTO_INLINE float exp2(float x) {
   float lanes[WIDTH];
   store(lanes, exp2(set1(x)));
   return lanes[0];
+}
+
+// Within 4 ulp; exactly +-1 far out; NaN stays.
+KVARTO_INLINE Vec tanh(Vec x) {
+  const Vec magnitude = max(x, sub(zero(), x)), one = set1(1.0f);
+  // Far from 0, (1 - t) / (1 + t) with t = e^(-2 |x|).
+  const Vec t = exp2(mul(magnitude, set1(-2.8853900817779268f)));
+  Vec far = div(sub(one, t), add(one, t));
+  far = sub(far, mul(set1(2.0f), zero_where_less(far, zero(), x)));
+  // Near 0 that would cancel; the polynomial is that of Cephes (Moshier).
+  const Vec square = mul(x, x);
+  Vec p = set1(-5.70498872745e-3f);
+  p = fma(p, square, set1(2.06390887954e-2f));
+  p = fma(p, square, set1(-5.37397155531e-2f));
+  p = fma(p, square, set1(1.33314422036e-1f));
+  p = fma(p, square, set1(-3.33332819422e-1f));
+  const Vec near = fma(mul(p, square), x, x);
+  // 0.625 and the float below it: exactly one of the two is zeroed.
+  return add(zero_where_less(far, magnitude, set1(0.625f)), zero_where_less(near, set1(0x1.3ffffep-1f), magnitude));
 }
 
 KVARTO_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }

@@ -40,9 +40,17 @@ def resources_of(variant: Variant, target: str) -> Resources:
     if interpreted():
         raise RuntimeError("unset TRITON_INTERPRET to compile kernels")
     aligned = [["tt.divisibility", 16]]
-    names = list(variant.signature)
-    attrs = {(names.index(name),): aligned for name in names if name.endswith("_ptr") or name in ALIGNED_SCALARS}
-    source = ASTSource(variant.kernel, variant.signature, variant.constants, attrs)
+    constants: dict[tuple[int, ...], object] = {}
+    attrs: dict[tuple[int, ...], object] = {}
+    for index, (name, types) in enumerate(variant.signature.items()):
+        if isinstance(types, tuple):  # all of its pointers and strides are aligned; what it leaves out is None
+            constants |= {(index, i): None for i, element in enumerate(types) if element == "constexpr"}
+            attrs |= {(index, i): aligned for i, element in enumerate(types) if element != "constexpr"}
+        elif types == "constexpr":
+            constants[index,] = variant.constants.get(name)
+        elif name.endswith("_ptr") or name in ALIGNED_SCALARS:
+            attrs[index,] = aligned
+    source = ASTSource(variant.kernel, variant.signature, constants, attrs)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     shared_bytes = int(compiled.metadata.shared)
@@ -64,5 +72,5 @@ def _of_cubin(cubin: bytes, shared_bytes: int) -> Resources:
 
 def _of_amdgcn(text: str, shared_bytes: int) -> Resources:
     found = {name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)", text)}
-    spilled_bytes = 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
-    return Resources(found["vgpr_count"], spilled_bytes, shared_bytes)
+    # Scalar registers spill into lanes of vector registers; what goes to memory is in the private segment.
+    return Resources(found["vgpr_count"], found["private_segment_fixed_size"], shared_bytes)

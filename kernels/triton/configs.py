@@ -42,16 +42,16 @@ _PREFILL_FLOAT32_CUDA: Table = {
     (256, 4): TileConfig(rows=32, tile_n=16, num_warps=8, num_stages=2),
 }
 _PREFILL_CUDA: Table = {
-    (64, 2): TileConfig(rows=128, tile_n=64, num_warps=8, num_stages=3),
-    (128, 2): TileConfig(rows=64, tile_n=32, num_warps=4, num_stages=3),
+    (64, 2): TileConfig(rows=128, tile_n=32, num_warps=8, num_stages=3),
+    (128, 2): TileConfig(rows=128, tile_n=32, num_warps=8, num_stages=3),
     (256, 2): TileConfig(rows=64, tile_n=32, num_warps=8, num_stages=2),
     **_PREFILL_FLOAT32_CUDA,
 }
 # Tensor cores that read shared memory leave registers for larger tiles.
 _PREFILL_HOPPER: Table = {
-    (64, 2): TileConfig(rows=128, tile_n=64, num_warps=4, num_stages=3),
+    (64, 2): TileConfig(rows=128, tile_n=64, num_warps=8, num_stages=3),
     (128, 2): TileConfig(rows=128, tile_n=64, num_warps=8, num_stages=3),
-    (256, 2): TileConfig(rows=64, tile_n=32, num_warps=8, num_stages=2),
+    (256, 2): TileConfig(rows=128, tile_n=32, num_warps=8, num_stages=2),
     **_PREFILL_FLOAT32_CUDA,
 }
 _DECODE_HIP: Table = {

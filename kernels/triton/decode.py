@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import attend_tile, padded_dim, tile_start, visible_tiles
+from .codes import head_stride
+from .tiles import attend_tiles, far_tiles, load_queries, padded_dim, visible_tiles
 
 MIN_SPLIT_TOKENS = tl.constexpr(256)
 
@@ -28,7 +29,7 @@ def tiles_per_split(num_tiles, NUM_SPLITS: tl.constexpr, TILE_N: tl.constexpr):
 @triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
     query_ptr,  # [num_tokens, num_heads, HEAD_DIM]; tokens query_stride apart
-    key_ptr,  # block 0's keys of the layer, [num_kv_heads, BLOCK_SIZE, HEAD_DIM]; blocks block_stride apart
+    key_ptr,  # block 0's keys of the layer, [num_kv_heads, BLOCK_SIZE, HEAD_DIM] or as `kv_layout.py` has them
     value_ptr,
     block_tables_ptr,  # [num_seqs, table_stride]
     query_start_loc_ptr,  # [num_seqs + 1]
@@ -36,18 +37,17 @@ def decode_kernel(
     partial_ptr,  # out: [num_seqs, num_heads, NUM_SPLITS, HEAD_DIM] float32, each split's attention
     lse_ptr,  # out: [num_seqs, num_heads, NUM_SPLITS] float32, log2 of each split's sum of exponentials
     query_stride,
-    block_stride,
+    block_stride,  # elements from one block to the next
     table_stride,
     scale,
+    far,  # FarTensors or None
     GROUP: tl.constexpr,  # query heads per KV head, of which a program takes HEADS
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TILE_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    NUM_SINKS: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
+    MASK: tl.constexpr,  # MaskConstants
 ):
     """Grid (NUM_SPLITS, num_kv_heads * ceil(GROUP / HEADS), num_seqs). Sequences with other than one query, and splits
     that their sequence does not need, write nothing."""
@@ -57,7 +57,7 @@ def decode_kernel(
     if tl.load(query_start_loc_ptr + seq + 1) - token != 1:
         return
     end = tl.load(kv_lens_ptr + seq)
-    num_tiles, num_skipped = visible_tiles(end - 1, end, TILE_N, WINDOW, NUM_SINKS)
+    num_tiles, num_skipped = visible_tiles(end - 1, end, TILE_N, MASK)
     per_split = tiles_per_split(num_tiles, NUM_SPLITS, TILE_N)
     first_tile = split * per_split
     if first_tile >= num_tiles:
@@ -70,22 +70,20 @@ def decode_kernel(
     head_in_group = tl.program_id(1) % HEAD_TILES * HEADS + offs_m
     head_mask = (offs_m < HEADS) & (head_in_group < GROUP)
     head = kv_head * GROUP + head_in_group
+    q = load_queries(query_ptr, token.to(tl.int64), query_stride, head, head_mask, HEAD_DIM)  # [ROWS, padded_dim]
+    far_q = None
+    if far is not None:
+        far_mask = head_mask & (first_tile < far_tiles(end, TILE_N, MASK))
+        far_q = load_queries(far.query, token.to(tl.int64), far.stride, head, far_mask, HEAD_DIM)
+    positions = tl.zeros([q.shape[0]], tl.int32) + end - 1
+    offs_head = kv_head * head_stride(key_ptr.dtype.element_ty, BLOCK_SIZE, HEAD_DIM)
+    acc, row_max, row_sum = attend_tiles(
+        q, far_q, far, positions, first_tile, tl.minimum(first_tile + per_split, num_tiles), num_skipped, end - 1, end,
+        block_tables_ptr + seq * table_stride, key_ptr + offs_head, value_ptr + offs_head, block_stride, scale,
+        BLOCK_SIZE, HEAD_DIM, TILE_N, MASK)
+
     offs_d = tl.arange(0, padded_dim(HEAD_DIM))
     mask = head_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
-    offs_q = token.to(tl.int64) * query_stride + head[:, None] * HEAD_DIM + offs_d[None, :]
-    q = tl.load(query_ptr + offs_q, mask=mask, other=0.0)  # [ROWS, padded_dim]
-
-    acc = tl.zeros(q.shape, tl.float32)
-    row_max = tl.full([q.shape[0]], float("-inf"), tl.float32)
-    row_sum = tl.zeros([q.shape[0]], tl.float32)
-    positions = tl.zeros([q.shape[0]], tl.int32) + end - 1
-    offs_head = kv_head * BLOCK_SIZE * HEAD_DIM
-    for tile in range(first_tile, tl.minimum(first_tile + per_split, num_tiles)):
-        acc, row_max, row_sum = attend_tile(
-            q, acc, row_max, row_sum, positions, tile_start(tile, num_skipped, TILE_N, WINDOW, NUM_SINKS), end - 1, end,
-            block_tables_ptr + seq * table_stride, key_ptr + offs_head, value_ptr + offs_head, block_stride, scale,
-            BLOCK_SIZE, HEAD_DIM, TILE_N, WINDOW, NUM_SINKS, SOFT_CAP)
-
     offs_split = (seq * num_heads + head) * NUM_SPLITS + split
     tl.store(partial_ptr + offs_split[:, None] * HEAD_DIM + offs_d[None, :], acc / row_sum[:, None], mask=mask)
     tl.store(lse_ptr + offs_split, row_max + tl.log2(row_sum), mask=head_mask)
@@ -101,8 +99,7 @@ def reduce_kernel(
     HEAD_DIM: tl.constexpr,
     TILE_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    NUM_SINKS: tl.constexpr,
+    MASK: tl.constexpr,  # MaskConstants
 ):
     """Grid (num_heads, num_seqs): the mean of a head's splits, weighted by their sums of exponentials."""
     head = tl.program_id(0)
@@ -111,7 +108,7 @@ def reduce_kernel(
     if tl.load(query_start_loc_ptr + seq + 1) - token != 1:
         return
     end = tl.load(kv_lens_ptr + seq)
-    num_tiles, _ = visible_tiles(end - 1, end, TILE_N, WINDOW, NUM_SINKS)
+    num_tiles, _ = visible_tiles(end - 1, end, TILE_N, MASK)
     num_used = tl.cdiv(num_tiles, tiles_per_split(num_tiles, NUM_SPLITS, TILE_N))
 
     offs_s = tl.arange(0, NUM_SPLITS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
+from ..kv_layout import SCALE_BYTES, quantized
+from ..mask import CAUSAL, FarSinks, Mask
 from .available import interpreted
-from .cache import copy_blocks_kernel, write_kv_kernel
+from .cache import copy_blocks_kernel, write_kv_kernel, write_quantized_kv_kernel
 from .configs import COPY_CHUNK_WORDS, MAX_DECODE_HEADS, MAX_SPLITS, WRITE_CHUNK, TileConfig, config_for
 from .decode import MIN_SPLIT_TOKENS, decode_kernel, reduce_kernel
+from .masks import FarTensors, MaskConstants, bound
 from .prefill import prefill_kernel
 
 
@@ -26,7 +30,7 @@ from .prefill import prefill_kernel
 class LayerCache:
     """One layer of a paged cache, as the kernels address it: block b's keys begin `b * block_stride` after `key`.
 
-    `key`, `value`: any tensors that begin where block 0's do.
+    `key`, `value`: any tensors of the cache's dtype that begin where block 0's do. `block_stride`: in elements.
     """
 
     key: Tensor
@@ -39,92 +43,108 @@ class LayerCache:
 
     @classmethod
     def of(cls, cache: Tensor, layer: int) -> LayerCache:
-        """`cache`: `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`, contiguous."""
-        num_blocks, _, _, num_kv_heads, block_size, head_dim = cache.shape
+        """`cache`: as in `ops.write_kv`."""
+        num_blocks, _, _, num_kv_heads, block_size, row_elements = cache.shape
+        head_dim = row_elements - SCALE_BYTES if quantized(cache.dtype) else row_elements
         return cls(cache[:, layer, 0], cache[:, layer, 1], cache.stride(0), num_blocks, num_kv_heads, block_size,
                    head_dim)
 
-
-@dataclass(frozen=True, slots=True)
-class Mask:
-    """What a query sees besides causality: the last `window` rows (its own included) and the first `num_sinks`; None is
-    no window. `soft_cap`: scores are bent to `cap * tanh(score / cap)`."""
-
-    window: int | None = None
-    num_sinks: int = 0
-    soft_cap: float | None = None
-
-
-CAUSAL = Mask()
+    @property
+    def quantized(self) -> bool:
+        return self.key.element_size() == 1
 
 
 def write_kv(key: Tensor, value: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
     """As `ops.write_kv`, but rows whose slot is outside the cache are dropped."""
-    num_tokens = slot_mapping.numel()
-    row_size = cache.num_kv_heads * cache.head_dim
+    num_tokens, num_heads, head_dim = slot_mapping.numel(), cache.num_kv_heads, cache.head_dim
     if num_tokens == 0:
         return
+    tensors = (key, value, cache.key, cache.value, slot_mapping, cache.num_blocks * cache.block_size)
+    strides = (key.stride(0), value.stride(0), cache.block_stride)
     with _on(key.device):
-        write_kv_kernel[num_tokens, triton.cdiv(row_size, WRITE_CHUNK)](
-            key, value, cache.key, cache.value, slot_mapping, cache.num_blocks * cache.block_size, row_size,
-            key.stride(0), value.stride(0), cache.block_stride,
-            BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim, CHUNK=WRITE_CHUNK)
+        if cache.quantized:
+            heads = heads_per_write(head_dim)
+            write_quantized_kv_kernel[num_tokens, triton.cdiv(num_heads, heads)](
+                *tensors, num_heads, *strides, BLOCK_SIZE=cache.block_size, HEAD_DIM=head_dim, HEADS=heads)
+        else:
+            row_size = num_heads * head_dim
+            write_kv_kernel[num_tokens, triton.cdiv(row_size, WRITE_CHUNK)](
+                *tensors, row_size, *strides, BLOCK_SIZE=cache.block_size, HEAD_DIM=head_dim, CHUNK=WRITE_CHUNK)
 
 
 def paged_attention(query: Tensor, cache: LayerCache, block_tables: Tensor, query_start_loc: Tensor, kv_lens: Tensor,
-                    scale: float, mask: Mask = CAUSAL, max_query_len: int | None = None) -> Tensor:
+                    scale: float, mask: Mask = CAUSAL, far_sinks: FarSinks | None = None,
+                    max_query_len: int | None = None) -> Tensor:
     """As `ops.paged_attention`. `max_query_len`: of the longest sequence, where the host knows it; kernels that
     it shows to have nothing to do are not launched."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if query.numel() == 0:
         return out
-    group = query.shape[1] // cache.num_kv_heads
     padded_dim = max(16, triton.next_power_of_2(cache.head_dim))
-    arguments = (block_tables, query_start_loc, kv_lens, scale, mask, group)
+    batch = _Batch(query, out, cache, block_tables, query_start_loc, kv_lens, scale, *bound(mask, far_sinks))
     with _on(query.device):
         backend, arch = _target()
-        _decode(query, out, cache, *arguments,
-                config_for("decode", backend, arch, padded_dim, query.element_size()))
+        _decode(batch, config_for("decode", backend, arch, padded_dim, query.element_size()))
         if max_query_len is None or max_query_len > 1:
-            _prefill(query, out, cache, *arguments,
-                     config_for("prefill", backend, arch, padded_dim, query.element_size()))
+            _prefill(batch, config_for("prefill", backend, arch, padded_dim, query.element_size()))
     return out
 
 
-def _decode(query: Tensor, out: Tensor, cache: LayerCache, block_tables: Tensor, query_start_loc: Tensor,
-            kv_lens: Tensor, scale: float, mask: Mask, group: int, config: TileConfig) -> None:
+class _Batch(NamedTuple):
+    """The arguments of `paged_attention` and its result, for both kernels."""
+
+    query: Tensor
+    out: Tensor
+    cache: LayerCache
+    block_tables: Tensor
+    query_start_loc: Tensor
+    kv_lens: Tensor
+    scale: float
+    mask: MaskConstants
+    far: FarTensors | None
+
+    @property
+    def group(self) -> int:
+        return self.query.shape[1] // self.cache.num_kv_heads
+
+
+def _decode(batch: _Batch, config: TileConfig) -> None:
+    query, out, cache, block_tables, query_start_loc, kv_lens, scale, mask, far = batch
     num_seqs, num_heads = kv_lens.numel(), query.shape[1]
-    heads = even_share(group, MAX_DECODE_HEADS)
+    heads = even_share(batch.group, MAX_DECODE_HEADS)
     num_splits = splits_for(block_tables.shape[1] * cache.block_size)
     partial = torch.empty((num_seqs, num_heads, num_splits, cache.head_dim), dtype=torch.float32, device=query.device)
     lse = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=query.device)
-    decode_kernel[num_splits, cache.num_kv_heads * triton.cdiv(group, heads), num_seqs](
+    decode_kernel[num_splits, cache.num_kv_heads * triton.cdiv(batch.group, heads), num_seqs](
         query, cache.key, cache.value, block_tables, query_start_loc, kv_lens, partial, lse,
-        query.stride(0), cache.block_stride, block_tables.stride(0), scale,
-        GROUP=group, HEADS=heads, BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim, TILE_N=config.tile_n,
-        NUM_SPLITS=num_splits, WINDOW=mask.window, NUM_SINKS=mask.num_sinks, SOFT_CAP=mask.soft_cap,
-        num_warps=config.num_warps, num_stages=config.num_stages)
+        query.stride(0), cache.block_stride, block_tables.stride(0), scale, far,
+        GROUP=batch.group, HEADS=heads, BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim, TILE_N=config.tile_n,
+        NUM_SPLITS=num_splits, MASK=mask, num_warps=config.num_warps, num_stages=config.num_stages)
     reduce_kernel[num_heads, num_seqs](
         partial, lse, out, query_start_loc, kv_lens, HEAD_DIM=cache.head_dim, TILE_N=config.tile_n,
-        NUM_SPLITS=num_splits, WINDOW=mask.window, NUM_SINKS=mask.num_sinks)
+        NUM_SPLITS=num_splits, MASK=mask)
 
 
-def _prefill(query: Tensor, out: Tensor, cache: LayerCache, block_tables: Tensor, query_start_loc: Tensor,
-             kv_lens: Tensor, scale: float, mask: Mask, group: int, config: TileConfig) -> None:
+def _prefill(batch: _Batch, config: TileConfig) -> None:
+    query, out, cache, block_tables, query_start_loc, kv_lens, scale, mask, far = batch
     num_tokens, num_seqs = query.shape[0], kv_lens.numel()
-    heads = even_share(group, config.rows)
+    heads = even_share(batch.group, config.rows)
     num_tiles = num_tokens // (config.rows // heads) + num_seqs
-    prefill_kernel[num_tiles, cache.num_kv_heads * triton.cdiv(group, heads)](
+    prefill_kernel[num_tiles, cache.num_kv_heads * triton.cdiv(batch.group, heads)](
         query, out, cache.key, cache.value, block_tables, query_start_loc, kv_lens, num_seqs,
-        query.stride(0), cache.block_stride, block_tables.stride(0), scale,
-        GROUP=group, HEADS=heads, ROWS=config.rows, BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim,
-        TILE_N=config.tile_n, WINDOW=mask.window, NUM_SINKS=mask.num_sinks, SOFT_CAP=mask.soft_cap,
-        num_warps=config.num_warps, num_stages=config.num_stages)
+        query.stride(0), cache.block_stride, block_tables.stride(0), scale, far,
+        GROUP=batch.group, HEADS=heads, ROWS=config.rows, BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim,
+        TILE_N=config.tile_n, MASK=mask, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def even_share(group: int, most: int) -> int:
     """Heads per tile when a group is divided evenly among as few tiles of at most `most` as it takes."""
     return -(-group // -(-group // most))
+
+
+def heads_per_write(head_dim: int) -> int:
+    """KV heads whose rows one program quantizes: a power of two."""
+    return max(1, WRITE_CHUNK // max(16, int(triton.next_power_of_2(head_dim))))
 
 
 def splits_for(max_rows: int) -> int:

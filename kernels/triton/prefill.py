@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import attend_tile, padded_dim, tile_start, visible_tiles
+from .codes import head_stride
+from .tiles import attend_tiles, load_queries, padded_dim, visible_tiles
 
 
 @triton.jit
@@ -32,25 +33,24 @@ def sequence_of_tile(query_start_loc_ptr, num_seqs, tile, BLOCK_Q: tl.constexpr)
 def prefill_kernel(
     query_ptr,  # [num_tokens, num_heads, HEAD_DIM]; tokens query_stride apart
     out_ptr,  # the same, contiguous
-    key_ptr,  # block 0's keys of the layer, [num_kv_heads, BLOCK_SIZE, HEAD_DIM]; blocks block_stride apart
+    key_ptr,  # block 0's keys of the layer, [num_kv_heads, BLOCK_SIZE, HEAD_DIM] or as `kv_layout.py` has them
     value_ptr,
     block_tables_ptr,  # [num_seqs, table_stride]
     query_start_loc_ptr,  # [num_seqs + 1]
     kv_lens_ptr,  # [num_seqs]
     num_seqs,
     query_stride,
-    block_stride,
+    block_stride,  # elements from one block to the next
     table_stride,
     scale,
+    far,  # FarTensors or None
     GROUP: tl.constexpr,  # query heads per KV head, of which a program takes HEADS
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,  # of the tile: ROWS // HEADS tokens by HEADS heads
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TILE_N: tl.constexpr,
-    WINDOW: tl.constexpr,
-    NUM_SINKS: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
+    MASK: tl.constexpr,  # MaskConstants
 ):
     """Grid (num_tokens // (ROWS // HEADS) + num_seqs, num_kv_heads * ceil(GROUP / HEADS)). Sequences of one query are
     left to the decode kernels."""
@@ -71,26 +71,22 @@ def prefill_kernel(
     head_in_group = tl.program_id(1) % HEAD_TILES * HEADS + offs_m % HEADS
     query_mask = (offs_m < BLOCK_Q * HEADS) & (query < num_queries) & (head_in_group < GROUP)
     head = kv_head * GROUP + head_in_group
-    offs_d = tl.arange(0, padded_dim(HEAD_DIM))
-    mask = query_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
     token = (start + query).to(tl.int64)
-    offs_q = (token * query_stride + head * HEAD_DIM)[:, None] + offs_d[None, :]
-    q = tl.load(query_ptr + offs_q, mask=mask, other=0.0)  # [ROWS, padded_dim]
-
-    acc = tl.zeros(q.shape, tl.float32)
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    positions = num_before + query
+    q = load_queries(query_ptr, token, query_stride, head, query_mask, HEAD_DIM)  # [ROWS, padded_dim]
     oldest = num_before + first
     end = num_before + tl.minimum(first + BLOCK_Q, num_queries)
-    offs_head = kv_head * BLOCK_SIZE * HEAD_DIM
-    num_tiles, num_skipped = visible_tiles(oldest, end, TILE_N, WINDOW, NUM_SINKS)
-    for tile in range(num_tiles):
-        acc, row_max, row_sum = attend_tile(
-            q, acc, row_max, row_sum, positions, tile_start(tile, num_skipped, TILE_N, WINDOW, NUM_SINKS), oldest, end,
-            block_tables_ptr + seq * table_stride, key_ptr + offs_head, value_ptr + offs_head, block_stride, scale,
-            BLOCK_SIZE, HEAD_DIM, TILE_N, WINDOW, NUM_SINKS, SOFT_CAP)
+    num_tiles, num_skipped = visible_tiles(oldest, end, TILE_N, MASK)
+    far_q = None
+    if far is not None:
+        far_q = load_queries(far.query, token, far.stride, head, query_mask & (end > MASK.window), HEAD_DIM)
+    offs_head = kv_head * head_stride(key_ptr.dtype.element_ty, BLOCK_SIZE, HEAD_DIM)
+    acc, _, row_sum = attend_tiles(
+        q, far_q, far, num_before + query, 0, num_tiles, num_skipped, oldest, end,
+        block_tables_ptr + seq * table_stride, key_ptr + offs_head, value_ptr + offs_head, block_stride, scale,
+        BLOCK_SIZE, HEAD_DIM, TILE_N, MASK)
 
+    offs_d = tl.arange(0, padded_dim(HEAD_DIM))
+    mask = query_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
     # Rows of the padding have seen something too, or nothing: neither is stored.
     out = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
     offs_out = ((token * num_heads + head) * HEAD_DIM)[:, None] + offs_d[None, :]

@@ -8,12 +8,15 @@ rows; 32 query heads, as many KV heads as the group leaves.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from .cache import copy_blocks_kernel, write_kv_kernel
+from ..kv_layout import SCALE_BYTES
+from ..mask import CAUSAL, Mask
+from .cache import copy_blocks_kernel, write_kv_kernel, write_quantized_kv_kernel
 from .configs import COPY_CHUNK_WORDS, MAX_DECODE_HEADS, WRITE_CHUNK, TileConfig, config_for
 from .decode import decode_kernel, reduce_kernel
-from .launch import CAUSAL, Mask, even_share, splits_for
+from .launch import even_share, heads_per_write, splits_for
+from .masks import MaskConstants
 from .prefill import prefill_kernel
 from .tiles import padded_dim
 
@@ -24,23 +27,74 @@ TARGETS = {"cuda-80": ("cuda", 80, 32), "cuda-90": ("cuda", 90, 32), "cuda-100":
 NUM_HEADS = 32
 DECODE_ROWS, PREFILL_ROWS, PREFILL_TOKENS = 32_768, 4_096, 2_048
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-WINDOWED = Mask(window=4096, num_sinks=4, soft_cap=50.0)
+POINTERS = {"int8": "i8", "fp8": "u8"}
+WINDOWED = Mask(window=4096, num_sinks=4)
+CAPPED = Mask(window=4096, num_sinks=4, soft_cap=50.0)
+STREAMING, CEILING = "streaming sinks", "ceiling sinks"
+"""The two kinds of far sinks: keys as they lie, and keys turned back."""
+
+
+class FarTypes(NamedTuple):
+    """The types of `FarTensors`."""
+
+    query: str
+    stride: str
+    cos: str
+    sin: str
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """`moved_per_needed`: bytes that the programs load and store over bytes that have to be read and written once.
-
-    What exceeds 1 is served by the L2 cache as far as it reaches.
+    """`signature`: argument -> type, or types if it is a tuple. `moved_per_needed`: bytes that the programs load and
+    store over bytes that have to be read and written once. What exceeds 1 is served by L2 as far as it reaches.
     """
 
     name: str
     kernel: Any
     constants: dict[str, Any]
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     num_warps: int
     num_stages: int
     moved_per_needed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What tells the variants of an attention kernel apart. `cache`: "" is the queries' dtype, else int8 or fp8."""
+
+    dtype: str
+    head_dim: int
+    group: int = 4
+    block_size: int = 16
+    mask: Mask = CAUSAL
+    far: str = ""
+    cache: str = ""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of K and V in one KV head."""
+        return 2 * (self.head_dim + SCALE_BYTES if self.cache else self.head_dim * ITEM_BYTES[self.dtype])
+
+    @property
+    def text(self) -> str:
+        masked = self.far or {CAUSAL: "", CAPPED: "window+sinks+cap"}[self.mask]
+        dtypes = f"{self.dtype} {self.cache}".strip()
+        return f"{dtypes} d{self.head_dim} group {self.group} block {self.block_size} {masked}".strip()
+
+    @property
+    def pointer(self) -> str:
+        return POINTERS.get(self.cache, self.dtype)
+
+    @property
+    def far_signature(self) -> str | tuple[str, ...]:
+        angles = "*fp32" if self.far == CEILING else "constexpr"
+        return FarTypes(f"*{self.dtype}", "i32", angles, angles) if self.far else "constexpr"
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        mask, rotary = self.mask, self.head_dim if self.far == CEILING else None
+        return dict(GROUP=self.group, BLOCK_SIZE=self.block_size, HEAD_DIM=self.head_dim,
+                    MASK=MaskConstants(mask.window, mask.num_sinks, mask.soft_cap, rotary))
 
 
 def variants(target: str) -> list[Variant]:
@@ -50,34 +104,37 @@ def variants(target: str) -> list[Variant]:
     def config(kernel: str, dtype: str, head_dim: int) -> TileConfig:
         return config_for(kernel, backend, str(arch), padded_dim(head_dim), ITEM_BYTES[dtype])
 
-    shapes = [(dtype, dim, 4, 16, CAUSAL) for dtype in ("bf16", "fp32") for dim in (64, 80, 96, 128, 256)]
-    shapes += [("fp16", 128, 4, 16, CAUSAL), ("bf16", 128, 4, 128, CAUSAL), ("bf16", 128, 1, 16, CAUSAL),
-               ("bf16", 64, 32, 16, CAUSAL), ("bf16", 256, 32, 16, CAUSAL), ("fp32", 256, 32, 16, CAUSAL),
-               ("bf16", 128, 4, 16, WINDOWED)]
-    found = [_decode(*shape, config("decode", *shape[:2])) for shape in shapes]
+    shapes = [Shape(dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 80, 96, 128, 256)]
+    shapes += [Shape("fp16", 128), Shape("bf16", 128, block_size=128), Shape("bf16", 128, group=1),
+               Shape("bf16", 64, group=32), Shape("bf16", 256, group=32), Shape("fp32", 256, group=32),
+               Shape("bf16", 128, mask=CAPPED)]
+    shapes += [Shape("bf16", dim, mask=WINDOWED, far=far) for dim in (64, 128) for far in (STREAMING, CEILING)]
+    shapes += [Shape("bf16", dim, block_size=block_size, cache=cache)
+               for cache in POINTERS for dim, block_size in ((64, 16), (128, 16), (128, 128))]
+    found = [_decode(shape, config("decode", shape.dtype, shape.head_dim)) for shape in shapes]
     found += [_reduce(dtype, dim, config("decode", dtype, dim)) for dtype, dim in (("bf16", 128), ("fp32", 256))]
-    found += [_prefill(*shape, config("prefill", *shape[:2])) for shape in shapes]
-    found += [_write("bf16", 128), _write("bf16", 80), _write("fp32", 128), _copy()]
-    return found
+    found += [_prefill(shape, config("prefill", shape.dtype, shape.head_dim)) for shape in shapes]
+    found += [_write("bf16", 128), _write("bf16", 80), _write("fp32", 128)]
+    found += [_write_quantized("bf16", 128, cache) for cache in POINTERS]
+    return [*found, _copy()]
 
 
-def _decode(dtype: str, head_dim: int, group: int, block_size: int, mask: Mask, config: TileConfig) -> Variant:
-    heads = even_share(group, MAX_DECODE_HEADS)
+def _decode(shape: Shape, config: TileConfig) -> Variant:
+    heads = even_share(shape.group, MAX_DECODE_HEADS)
     num_splits = splits_for(DECODE_ROWS)
-    rows = DECODE_ROWS if mask.window is None else mask.window + mask.num_sinks
-    rows_bytes = 2 * rows * head_dim * ITEM_BYTES[dtype]  # of one KV head
-    queries_bytes = group * head_dim * ITEM_BYTES[dtype]
-    partial_bytes = group * num_splits * (head_dim + 1) * 4
-    ids_bytes = 4 * (rows // config.tile_n if block_size % config.tile_n == 0 else rows)
-    num_tiles = -(-group // heads)
+    rows = DECODE_ROWS if shape.mask.window is None else shape.mask.window + shape.mask.num_sinks
+    rows_bytes = rows * shape.row_bytes
+    queries_bytes = shape.group * shape.head_dim * ITEM_BYTES[shape.dtype]
+    partial_bytes = shape.group * num_splits * (shape.head_dim + 1) * 4
+    ids_bytes = 4 * (rows // config.tile_n if shape.block_size % config.tile_n == 0 else rows)
+    num_tiles = -(-shape.group // heads)
     moved = num_tiles * (rows_bytes + ids_bytes) + num_splits * queries_bytes + partial_bytes
-    pointers = dict(query_ptr=dtype, key_ptr=dtype, value_ptr=dtype, block_tables_ptr="i32", query_start_loc_ptr="i32",
-                    kv_lens_ptr="i32", partial_ptr="fp32", lse_ptr="fp32")
+    pointers = dict(query_ptr=shape.dtype, key_ptr=shape.pointer, value_ptr=shape.pointer, block_tables_ptr="i32",
+                    query_start_loc_ptr="i32", kv_lens_ptr="i32", partial_ptr="fp32", lse_ptr="fp32")
     return _variant(
-        "decode", decode_kernel, pointers, _shape(dtype, head_dim, group, block_size, mask),
-        dict(query_stride="i32", block_stride="i32", table_stride="i32", scale="fp32"),
-        dict(GROUP=group, HEADS=heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, TILE_N=config.tile_n,
-             NUM_SPLITS=num_splits, WINDOW=mask.window, NUM_SINKS=mask.num_sinks, SOFT_CAP=mask.soft_cap),
+        "decode", decode_kernel, pointers, shape.text,
+        dict(query_stride="i32", block_stride="i32", table_stride="i32", scale="fp32", far=shape.far_signature),
+        shape.constants | dict(HEADS=heads, TILE_N=config.tile_n, NUM_SPLITS=num_splits),
         config.num_warps, config.num_stages, moved / (rows_bytes + 2 * queries_bytes))
 
 
@@ -86,25 +143,26 @@ def _reduce(dtype: str, head_dim: int, config: TileConfig) -> Variant:
     pointers = dict(partial_ptr="fp32", lse_ptr="fp32", out_ptr=dtype, query_start_loc_ptr="i32", kv_lens_ptr="i32")
     return _variant(
         "reduce", reduce_kernel, pointers, f"{dtype} d{head_dim}", {},
-        dict(HEAD_DIM=head_dim, TILE_N=config.tile_n, NUM_SPLITS=num_splits, WINDOW=None, NUM_SINKS=0), 4, 3, 1.0)
+        dict(HEAD_DIM=head_dim, TILE_N=config.tile_n, NUM_SPLITS=num_splits,
+             MASK=MaskConstants(None, 0, None, None)), 4, 3, 1.0)
 
 
-def _prefill(dtype: str, head_dim: int, group: int, block_size: int, mask: Mask, config: TileConfig) -> Variant:
-    heads = even_share(group, config.rows)
-    block_q, num_kv_heads = config.rows // heads, NUM_HEADS // group
-    sees = [min(end, PREFILL_ROWS if mask.window is None else mask.window + block_q)
+def _prefill(shape: Shape, config: TileConfig) -> Variant:
+    heads = even_share(shape.group, config.rows)
+    block_q, num_kv_heads = config.rows // heads, NUM_HEADS // shape.group
+    sees = [min(end, PREFILL_ROWS if shape.mask.window is None else shape.mask.window + block_q)
             for end in range(PREFILL_ROWS - PREFILL_TOKENS + block_q, PREFILL_ROWS + 1, block_q)]
-    row_bytes = 2 * head_dim * ITEM_BYTES[dtype]
-    queries_bytes = 2 * PREFILL_TOKENS * NUM_HEADS * head_dim * ITEM_BYTES[dtype]  # read, and as much written
-    moved = num_kv_heads * -(-group // heads) * sum(sees) * (row_bytes + 4) + queries_bytes
-    needed = num_kv_heads * PREFILL_ROWS * row_bytes + queries_bytes
-    pointers = dict(query_ptr=dtype, out_ptr=dtype, key_ptr=dtype, value_ptr=dtype, block_tables_ptr="i32",
-                    query_start_loc_ptr="i32", kv_lens_ptr="i32")
+    # Read, and as much written.
+    queries_bytes = 2 * PREFILL_TOKENS * NUM_HEADS * shape.head_dim * ITEM_BYTES[shape.dtype]
+    moved = num_kv_heads * -(-shape.group // heads) * sum(sees) * (shape.row_bytes + 4) + queries_bytes
+    needed = num_kv_heads * PREFILL_ROWS * shape.row_bytes + queries_bytes
+    pointers = dict(query_ptr=shape.dtype, out_ptr=shape.dtype, key_ptr=shape.pointer, value_ptr=shape.pointer,
+                    block_tables_ptr="i32", query_start_loc_ptr="i32", kv_lens_ptr="i32")
     return _variant(
-        "prefill", prefill_kernel, pointers, _shape(dtype, head_dim, group, block_size, mask),
-        dict(num_seqs="i32", query_stride="i32", block_stride="i32", table_stride="i32", scale="fp32"),
-        dict(GROUP=group, HEADS=heads, ROWS=config.rows, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, TILE_N=config.tile_n,
-             WINDOW=mask.window, NUM_SINKS=mask.num_sinks, SOFT_CAP=mask.soft_cap),
+        "prefill", prefill_kernel, pointers, shape.text,
+        dict(num_seqs="i32", query_stride="i32", block_stride="i32", table_stride="i32", scale="fp32",
+             far=shape.far_signature),
+        shape.constants | dict(HEADS=heads, ROWS=config.rows, TILE_N=config.tile_n),
         config.num_warps, config.num_stages, moved / needed)
 
 
@@ -116,6 +174,15 @@ def _write(dtype: str, head_dim: int) -> Variant:
         dict(BLOCK_SIZE=16, HEAD_DIM=head_dim, CHUNK=WRITE_CHUNK), 4, 3, 1.0)
 
 
+def _write_quantized(dtype: str, head_dim: int, cache: str) -> Variant:
+    pointers = dict(key_rows_ptr=dtype, value_rows_ptr=dtype, key_ptr=POINTERS[cache], value_ptr=POINTERS[cache],
+                    slot_mapping_ptr="i64")
+    return _variant(
+        "write_kv", write_quantized_kv_kernel, pointers, f"{dtype} {cache} d{head_dim}",
+        dict(num_slots="i32", num_kv_heads="i32", key_stride="i32", value_stride="i32", block_stride="i32"),
+        dict(BLOCK_SIZE=16, HEAD_DIM=head_dim, HEADS=heads_per_write(head_dim)), 4, 3, 1.0)
+
+
 def _copy() -> Variant:
     pointers = dict(source_ptr="i64", destination_ptr="i64", pairs_ptr="i64")
     return _variant("copy_blocks", copy_blocks_kernel, pointers, "any dtype",
@@ -123,13 +190,10 @@ def _copy() -> Variant:
                     dict(CHUNK=COPY_CHUNK_WORDS), 4, 3, 1.0)
 
 
-def _variant(kernel_name: str, kernel: Any, pointers: dict[str, str], shape: str, scalars: dict[str, str],
-             constants: dict[str, Any], num_warps: int, num_stages: int, moved_per_needed: float) -> Variant:
+def _variant(kernel_name: str, kernel: Any, pointers: dict[str, str], shape: str,
+             scalars: dict[str, str | tuple[str, ...]], constants: dict[str, Any], num_warps: int, num_stages: int,
+             moved_per_needed: float) -> Variant:
     signature = {name: f"*{dtype}" for name, dtype in pointers.items()} | scalars
     signature |= dict.fromkeys(constants, "constexpr")
-    return Variant(f"{kernel_name} {shape}", kernel, constants, signature, num_warps, num_stages, moved_per_needed)
-
-
-def _shape(dtype: str, head_dim: int, group: int, block_size: int, mask: Mask) -> str:
-    windowed = "" if mask == CAUSAL else " window+sinks+cap"
-    return f"{dtype} d{head_dim} group {group} block {block_size}{windowed}"
+    ordered = {name: signature[name] for name in kernel.arg_names}
+    return Variant(f"{kernel_name} {shape}", kernel, constants, ordered, num_warps, num_stages, moved_per_needed)

@@ -2,116 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import importlib.util
+import sys
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from kvarto.kernels import paged_attention
+from kvarto.kernels import FarSinks, Mask, paged_attention
 
-FLOAT32_UNIT = 2.0**-24
+_spec = importlib.util.spec_from_file_location("attention_batch", Path(__file__).with_name("attention_batch.py"))
+sys.modules["attention_batch"] = attention_batch = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(attention_batch)
+assert_close_to_dense, make_batch = attention_batch.assert_close_to_dense, attention_batch.make_batch
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows held, queries of this step): lone tokens, edges of blocks, tiles and chunks, prefills, chunks and decodes.
 RAGGED = [(1, 1), (15, 15), (16, 1), (17, 17), (33, 2), (64, 1), (129, 100), (513, 1), (1030, 20), (40, 0), (260, 130)]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A ragged batch: its dense truth, and the same laid out in blocks amid NaN."""
-
-    queries: list[Tensor]  # per sequence [num_queries, num_heads, head_dim]
-    keys: list[Tensor]  # per sequence [kv_len, num_kv_heads, head_dim]
-    values: list[Tensor]
-    cache: Tensor
-    block_tables: Tensor
-
-    layer = 1
-
-    def run(self) -> Tensor:
-        starts = [0]
-        for query in self.queries:
-            starts.append(starts[-1] + len(query))
-        return paged_attention(
-            torch.cat(self.queries),
-            self.cache,
-            self.layer,
-            self.block_tables,
-            torch.tensor(starts, dtype=torch.int32),
-            torch.tensor([len(rows) for rows in self.keys], dtype=torch.int32),
-            self.scale,
-        )
-
-    @property
-    def scale(self) -> float:
-        return float(self.cache.shape[5]) ** -0.5
-
-    def only(self, seq: int, first: int = 0, last: int | None = None) -> Batch:
-        """One sequence alone as of its step that ran queries [first, last) of it; rows behind are not yet held."""
-        last = len(self.queries[seq]) if last is None else last
-        kv_len = len(self.keys[seq]) - (len(self.queries[seq]) - last)
-        return replace(
-            self,
-            queries=[self.queries[seq][first:last]],
-            keys=[self.keys[seq][:kv_len]],
-            values=[self.values[seq][:kv_len]],
-            block_tables=self.block_tables[seq : seq + 1],
-        )
-
-    def in_blocks(self, block_size: int) -> Batch:
-        """The same rows in fresh blocks of another size, shuffled; whatever no sequence holds is NaN."""
-        num_kv_heads, head_dim = self.keys[0].shape[1:]
-        needed = [-(-len(rows) // block_size) for rows in self.keys]
-        num_blocks = sum(needed) + 3
-        cache = torch.full((num_blocks, 3, 2, num_kv_heads, block_size, head_dim), torch.nan, dtype=self.keys[0].dtype)
-        unused = torch.randperm(num_blocks, dtype=torch.int32).tolist()
-        # Entries that no row reaches name no block at all.
-        tables = torch.full((len(needed), max(needed) + 1), 2**31 - 1, dtype=torch.int32)
-        for seq, count in enumerate(needed):
-            for entry in range(count):
-                tables[seq, entry] = block_id = unused.pop()
-                rows = slice(entry * block_size, (entry + 1) * block_size)
-                for side, dense in enumerate((self.keys[seq][rows], self.values[seq][rows])):
-                    cache[block_id, self.layer, side, :, : len(dense)] = dense.transpose(0, 1)
-        return replace(self, cache=cache, block_tables=tables)
-
-
-def make_batch(
-    lens: list[tuple[int, int]],
-    dtype: torch.dtype,
-    heads: tuple[int, int] = (9, 3),
-    head_dim: int = 64,
-    block_size: int = 16,
-) -> Batch:
-    num_heads, num_kv_heads = heads
-    return Batch(
-        queries=[torch.randn(queries, num_heads, head_dim).to(dtype) * 2 for _, queries in lens],
-        keys=[torch.randn(kv_len, num_kv_heads, head_dim).to(dtype) for kv_len, _ in lens],
-        values=[torch.randn(kv_len, num_kv_heads, head_dim).to(dtype) for kv_len, _ in lens],
-        cache=torch.empty(0, 0, 0, 0, 0, head_dim),
-        block_tables=torch.empty(0),
-    ).in_blocks(block_size)
-
-
-def assert_close_to_dense(batch: Batch, out: Tensor) -> None:
-    """Within what float32 accumulation and one rounding to the dtype may cost."""
-    dtype, head_dim = batch.queries[0].dtype, batch.cache.shape[5]
-    begin = 0
-    for query, keys, values in zip(batch.queries, batch.keys, batch.values, strict=True):
-        got = out[begin : begin + len(query)].double()
-        begin += len(query)
-        group = query.shape[1] // keys.shape[1]
-        q, k, v = (x.double().transpose(0, 1) for x in (query, keys, values))
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        seen = torch.arange(len(keys))[None, :] <= torch.arange(len(query))[:, None] + len(keys) - len(query)
-        scores = (q @ k.transpose(1, 2) * batch.scale).masked_fill(~seen, -torch.inf)
-        expected = (scores.softmax(-1) @ v).transpose(0, 1)
-        # Scores err by so much, weights relatively by twice that; V is summed over len(keys) rows.
-        largest_dot = (q.abs() @ k.abs().transpose(1, 2)).amax() * batch.scale if len(query) else 0.0
-        relative = 2 * (head_dim + 8) * FLOAT32_UNIT * largest_dot + (len(keys) + 64) * FLOAT32_UNIT
-        bound = v.abs().amax() * relative + torch.finfo(dtype).eps / 2 * expected.abs() + FLOAT32_UNIT
-        assert ((got - expected).abs() <= bound).all()
 
 
 @pytest.mark.usefixtures("backend")
@@ -189,7 +98,7 @@ def test_bits_do_not_depend_on_how_a_prefill_is_cut(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("native_backend")
 def test_bits_do_not_depend_on_the_block_size() -> None:
     batch = make_batch(RAGGED, torch.bfloat16, block_size=8)
-    assert torch.equal(batch.run(), batch.in_blocks(128).run())
+    assert torch.equal(batch.run(), batch.in_blocks(128, torch.bfloat16).run())
 
 
 def _arguments() -> dict[str, object]:
@@ -214,6 +123,7 @@ def _arguments() -> dict[str, object]:
         ({"query": torch.zeros(3, 64, 4).transpose(1, 2)}, ValueError, "query must have dense"),
         ({"query": torch.zeros(3, 4, 64, device="meta")}, ValueError, "query is on meta"),
         ({"cache": torch.zeros(5, 2, 2, 2, 16, 64, dtype=torch.float64)}, TypeError, "cache must be float32"),
+        ({"cache": torch.zeros(5, 2, 2, 2, 16, 64, dtype=torch.int8)}, ValueError, "got 60 .torch.int8 rows of 64"),
         ({"cache": torch.zeros(5, 2, 2, 16, 64)}, ValueError, "cache must be"),
         ({"cache": torch.zeros(5, 2, 2, 2, 24, 64)}, ValueError, "block_size must be one of"),
         ({"cache": torch.zeros(5, 2, 2, 2, 16, 60)}, ValueError, "head_dim must be a multiple of 8"),
@@ -234,3 +144,28 @@ def _arguments() -> dict[str, object]:
 def test_bad_input_is_refused_by_name(wrong: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         paged_attention(**(_arguments() | wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"mask": Mask(4)}, ValueError, "need a mask with a window and sinks"),
+        ({"mask": Mask(None, 3)}, ValueError, "need a mask with a window and sinks"),
+        ({"query": torch.zeros(3, 2, 64)}, ValueError, "far_sinks.query must have shape"),
+        ({"query": torch.zeros(3, 4, 64, dtype=torch.float16)}, TypeError, "far_sinks.query must be torch.float32"),
+        ({"query": torch.zeros(3, 64, 4).transpose(1, 2)}, ValueError, "far_sinks.query must have dense"),
+        ({"sin": None}, ValueError, "come together"),
+        ({"cos": torch.zeros(2, 32)}, ValueError, "far_sinks.cos must have shape"),
+        ({"sin": torch.zeros(3, 16)}, ValueError, "far_sinks.sin must have shape"),
+        ({"cos": torch.zeros(3, 33)}, ValueError, r"far_sinks.cos must be \[3, up to head_dim / 2 = 32\]"),
+        ({"cos": torch.zeros(3, 32, dtype=torch.float64)}, TypeError, "far_sinks.cos must be torch.float32"),
+        ({"cos": torch.zeros(32, 3).t()}, ValueError, "far_sinks.cos must be contiguous"),
+    ],
+)
+def test_bad_far_sinks_are_refused_by_name(wrong: dict[str, object], error: type[Exception], message: str) -> None:
+    far = FarSinks(torch.zeros(3, 4, 64), torch.zeros(3, 32), torch.zeros(3, 32))
+    mask = wrong.get("mask", Mask(4, 3))
+    far = replace(far, **{name: value for name, value in wrong.items() if name != "mask"})
+    with pytest.raises(error, match=message):
+        paged_attention(**_arguments(), mask=mask, far_sinks=far)  # type: ignore[arg-type]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from kvarto.kernels.kv_layout import FP8, SCALE_BYTES, codes_and_scales
 from kvarto.kernels.triton import launch
+
+_spec = importlib.util.spec_from_file_location("attention_batch", Path(__file__).with_name("attention_batch.py"))
+sys.modules["attention_batch"] = attention_batch = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(attention_batch)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,6 +38,60 @@ def test_rows_land_in_their_slots_and_nowhere_else(
             assert torch.equal(written, rows[token])
             written.fill_(torch.nan)
     assert cache.isnan().all()
+
+
+def quantized_cache(cache_dtype: torch.dtype, head_dim: int) -> torch.Tensor:
+    """Every byte -1: no code that is written here is that, nor any scale."""
+    shape = (4, 3, 2, 5, 16, head_dim + SCALE_BYTES)
+    return torch.full(shape, -1, dtype=torch.int8, device=DEVICE).view(cache_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cache_dtype", [torch.int8, FP8], ids=str)
+@pytest.mark.parametrize("head_dim", [24, 256])
+def test_rows_are_quantized_into_their_slots_and_nowhere_else(
+    head_dim: int, cache_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    cache = quantized_cache(cache_dtype, head_dim)
+    slots = torch.randperm(64)[:40].to(DEVICE)
+    sizes = 2.0 ** torch.randint(-8, 9, (2, 40, 5, 1)) * torch.rand(head_dim) ** 4  # in a row and between rows
+    key, value = (torch.randn(2, 40, 5, head_dim) * sizes).to(dtype)
+    launch.write_kv(key.to(DEVICE), value.to(DEVICE), launch.LayerCache.of(cache, 2), slots)
+    codes, scales = (part[:, 2] for part in codes_and_scales(cache))
+    for side, rows in enumerate((key, value)):
+        expected_codes, expected_scales = attention_batch.quantize(rows.float(), cache_dtype)
+        at = (slots // 16, side, slice(None), slots % 16)
+        assert torch.equal(codes[at].cpu(), expected_codes)
+        assert torch.equal(scales[at].cpu(), expected_scales)
+        codes[at], scales[at] = -1 if cache_dtype == torch.int8 else 255, torch.tensor(-1).int().view(torch.float32)
+    assert (cache.view(torch.int8) == -1).all()
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, FP8], ids=str)
+def test_codes_halfway_between_two_are_even(cache_dtype: torch.dtype) -> None:
+    largest = 31.0 if cache_dtype == FP8 else 127.0  # of which the scale becomes 1
+    rows = torch.arange(-256, 256).view(2, 1, 256) / (128 if cache_dtype == FP8 else 4)
+    rows[..., 0] = largest
+    cache = quantized_cache(cache_dtype, 256)
+    launch.write_kv(*(rows.expand(2, 5, 256).contiguous().to(DEVICE) for _ in range(2)),
+                    launch.LayerCache.of(cache, 0), torch.tensor([7, 63], device=DEVICE))
+    codes, scales = (part.cpu() for part in codes_and_scales(cache))
+    written = torch.stack([codes[0, 0, 1, 4, 7], codes[3, 0, 1, 4, 15]])
+    assert torch.equal(written, attention_batch.quantize(rows[:, 0], cache_dtype)[0])
+    assert scales[3, 0, 1, 4, 15] == 1
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, FP8], ids=str)
+def test_rows_of_zeros_have_scale_0_and_rows_that_are_not_finite_have_none(cache_dtype: torch.dtype) -> None:
+    rows = torch.ones(4, 5, 24)
+    rows[0], rows[1, :, 3], rows[2, :, 23] = 0.0, torch.inf, torch.nan
+    cache = quantized_cache(cache_dtype, 24)
+    launch.write_kv(rows.to(DEVICE), rows.to(DEVICE), launch.LayerCache.of(cache, 0), torch.arange(4, device=DEVICE))
+    codes, scales = (part[0, 0, :, :, :4].cpu() for part in codes_and_scales(cache))
+    assert not codes[:, :, 0].any()
+    assert not scales[:, :, 0].any()
+    assert scales[:, :, 1:3].isnan().all()
+    assert scales[:, :, 3].isfinite().all()
 
 
 def test_rows_without_a_slot_in_the_cache_are_dropped() -> None:

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from kvarto.kernels.triton.variants import variants
+
+MOST_PARAMETERS = 20
 ROOT = Path(__file__).parents[3]
 Table = dict[str, dict[str, str]]
 
@@ -33,6 +36,11 @@ def table(compiled: dict[str, Table]) -> Table:
 
 def spilled_bytes(cell: str) -> int:
     return int(cell.split(" / ")[1])
+
+
+def test_no_kernel_takes_more_parameters_than_one_can_read() -> None:
+    counts = {variant.kernel.__name__: len(variant.signature) for variant in variants("cuda-90")}
+    assert {name: count for name, count in counts.items() if count > MOST_PARAMETERS} == {}
 
 
 @pytest.mark.slow

@@ -1,0 +1,115 @@
+"""Linear layers: weights packed for a backend, and the multiplication by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import backend, native_library, raise_for
+from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check, check_device, check_dtype
+from .native.library import NativeLinear
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A weight in the order in which the backend that packed it reads it; made by `pack_linear`.
+
+    It keeps its backend whatever KVARTO_KERNELS says later, and no reference to the original weight, except
+    that `torch-reference` and `triton` hold the weight itself.
+    """
+
+    data: Tensor
+    bias: Tensor | None
+    out_features: int
+    in_features: int
+    backend: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Copy a weight into the layout of the current backend; its dtype, hence its size, stays (rows padded to 32).
+
+    Args:
+        weight: `[out_features, in_features]` float32, bfloat16 or float16; rows may be any stride apart.
+        bias: `[out_features]` of any floating dtype, kept as float32.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, layout or device.
+    """
+    name = backend(weight.device.type)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got {list(weight.shape)}")
+    n, k = weight.shape
+    check_dtype("weight", weight)
+    check_device("weight", weight, name)
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise TypeError(f"bias must be floating point, got {bias.dtype}")
+        check("bias", bias, bias.dtype, (n,), weight.device)
+        bias = bias.detach().float().contiguous()
+    weight = weight.detach()
+    if name in (REFERENCE, TRITON):
+        return PackedLinear(weight, bias, n, k, name)
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    library = native_library()
+    packed = torch.empty(library.packed_elements(n, k), dtype=weight.dtype)
+    dtype_number, isa = DTYPE_NUMBERS[weight.dtype], library.isas[name]
+    library.pack_linear(weight.data_ptr(), n, k, weight.stride(0), dtype_number, isa, packed.data_ptr())
+    return PackedLinear(packed, bias, n, k, name)
+
+
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """`x @ weight.T + bias`, accumulated in float32.
+
+    On the native backends every element is summed over in_features in order: the bits of a row do not depend on
+    the other rows nor on the number of threads.
+
+    Args:
+        x: `[num_rows, in_features]` float32, bfloat16 or float16, not necessarily the weight's dtype; rows may be
+            any stride apart.
+
+    Returns:
+        `[num_rows, out_features]` of x's dtype, contiguous.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, layout or device.
+    """
+    if x.dim() != 2 or x.shape[1] != packed.in_features:
+        raise ValueError(f"x must be [num_rows, {packed.in_features}], got {list(x.shape)}")
+    check_dtype("x", x)
+    if x.device != packed.data.device:
+        raise ValueError(f"x is on {x.device}, the weight on {packed.data.device}")
+    if packed.backend == REFERENCE:
+        return reference.linear(x, packed.data, packed.bias)
+    if packed.backend == TRITON:  # the vendor's matrix multiplication, through torch
+        bias = None if packed.bias is None else packed.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, packed.data.to(x.dtype), bias)
+    if x.stride(1) != 1 and x.numel() > 0:
+        raise ValueError(f"x must have dense rows, got strides {x.stride()}")
+    library = native_library()
+    out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
+    call = NativeLinear(
+        x.data_ptr(),
+        packed.data.data_ptr(),
+        None if packed.bias is None else packed.bias.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        packed.out_features,
+        packed.in_features,
+        x.stride(0),
+        DTYPE_NUMBERS[x.dtype],
+        DTYPE_NUMBERS[packed.data.dtype],
+        library.isas[packed.backend],
+        torch.get_num_threads(),
+    )
+    raise_for(library.linear(call), 0)
+    return out
