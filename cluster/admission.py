@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..protos.errors import InvalidRequestError, PromptTooLongError
-from ..protos.request import EngineInfo
+from ..protos.request import EngineInfo, KVPool
 from ..protos.sampling import SamplingParams
+from .block_space.windows import enough_blocks
 
 MAX_CACHE_SALT = 1024
 """The most characters of a cache salt."""
@@ -35,9 +36,7 @@ def check(prompt_token_ids: list[int], params: SamplingParams, info: EngineInfo)
         raise PromptTooLongError(
             f"the prompt has {num_prompt} tokens; max_model_len is {info.max_model_len}, prompt and output together",
             param="prompt")
-    # The sequences share the full blocks of the prompt; of the rest each takes the same whole number of blocks.
-    shared = num_prompt // info.block_size
-    fits = min(info.max_model_len, (shared + (info.num_blocks - shared) // num_seqs) * info.block_size)
+    fits = min(info.max_model_len, *(_longest(num_prompt, num_seqs, pool, info) for pool in info.kv_pools))
     if num_prompt >= fits:
         raise PromptTooLongError(
             f"{counted}={num_seqs} sequences of {num_prompt} prompt tokens can never fit the KV cache of "
@@ -67,6 +66,16 @@ def check_cache_salt(cache_salt: str) -> None:
     except UnicodeEncodeError:
         raise InvalidRequestError(
             "cache_salt is not Unicode text: it has a lone surrogate", param="cache_salt") from None
+
+
+def _longest(num_prompt: int, num_seqs: int, pool: KVPool, info: EngineInfo) -> int:
+    """Tokens of each sequence, prompt included, for which a pool has blocks."""
+    enough = enough_blocks(pool, info.block_size, num_seqs, info.max_num_batched_tokens)
+    if enough is not None and pool.num_blocks >= enough:
+        return info.max_model_len
+    # The sequences share the full blocks of the prompt; of the rest each takes the same whole number of blocks.
+    shared = num_prompt // info.block_size
+    return (shared + (pool.num_blocks - shared) // num_seqs) * info.block_size
 
 
 def _counted(params: SamplingParams) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from ..protos.config import EngineConfig
 from ..protos.errors import ConfigError
 from ..protos.model import ModelConfig
-from ..protos.request import EngineInfo
+from ..protos.request import EngineInfo, KVPool
 from ..protos.step import RankConfig, RankReady
+from .attention_pattern import apply_pattern, longest
 from .block_space import BlockSpace
 from .block_space.disk_keys import hash_key, stored_keys
 from .block_space.sizing import num_blocks, num_disk_blocks, num_host_blocks
@@ -38,6 +39,7 @@ class Resolved:
             epoch=epoch, block_size=config.block_size, max_model_len=self.max_model_len,
             max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
             num_threads=self.threads_per_rank, step_timeout_s=config.step_timeout_s, lease_s=config.lease_s,
+            kv_cache_dtype=config.kv_cache_dtype,
             kv_disk_path=config.kv_disk_path and os.path.abspath(config.kv_disk_path))
 
     def blocks(self, ranks: list[RankReady]) -> tuple[list[int], list[int]]:
@@ -60,10 +62,13 @@ class Resolved:
         info = EngineInfo(
             epoch=epoch, max_model_len=self.max_model_len, vocab_size=self.model.vocab_size,
             max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
-            kv_capacity_tokens=space.capacity_tokens, block_size=config.block_size, num_blocks=min(blocks),
-            num_host_blocks=min(host_blocks),
-            kernels=ranks[0].kernels, dtype=self.dtype, tp_size=config.tensor_parallel_size,
-            num_groups=config.num_worker_groups)
+            kv_capacity_tokens=space.capacity_tokens, block_size=config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            kv_pools=[KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks)
+                      for count, group in zip(blocks, ranks[0].kv_groups, strict=True)],
+            num_host_blocks=min(host_blocks), kernels=ranks[0].kernels, dtype=self.dtype,
+            kv_cache_dtype=self.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+            tp_size=config.tensor_parallel_size, num_groups=config.num_worker_groups)
         scheduler = Scheduler(
             space, SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens), epoch=epoch,
             eos_token_ids=frozenset(self.model.eos_token_ids), num_ranks=len(ranks),
@@ -82,9 +87,12 @@ def resolve(config: EngineConfig, model: ModelConfig, *, has_cuda: bool) -> Reso
             f"tensor_parallel_size={config.tensor_parallel_size} is above the model's {model.num_heads} query heads")
     if config.device == "cuda" and not has_cuda:
         raise ConfigError("device='cuda', but there is no CUDA device: use device='cpu'")
-    if config.max_model_len and config.max_model_len > model.max_position_embeddings:
-        raise ConfigError(f"max_model_len={config.max_model_len} is above what the model was made for "
-                          f"({model.max_position_embeddings} positions)")
+    model = apply_pattern(config, model)
+    most = longest(config, model)
+    if config.max_model_len and most is not None and config.max_model_len > most:
+        raise ConfigError(f"max_model_len={config.max_model_len} is above what the model was made for ({most} "
+                          "positions): lower it, or see only the last tokens with attention_pattern streaming_llm or "
+                          "lm_infinite and an attention_window within these positions", param="max_model_len")
     for key, registry in (("preemption_mode", PREEMPTION), ("victim_policy", VICTIM), ("eviction_policy", EVICTION),
                           ("watermark_policy", WATERMARK)):
         pick(registry, key, getattr(config, key))

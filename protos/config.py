@@ -27,6 +27,17 @@ class EngineConfig(BaseModel):
     num_worker_groups: Positive = Field(1, description="Copies of the model, each a tensor-parallel worker group.")
     max_model_len: Positive | None = Field(
         None, description="Most tokens of a sequence, prompt and output; default: what the model was made for.")
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto", description="Of the KV cache; auto: as `dtype`. int8, fp8 (E3M4): nearly twice the tokens of bfloat16.")
+    attention_pattern: Literal["model", "sliding_window", "streaming_llm", "lm_infinite", "longformer"] = Field(
+        "model", description="What full-attention layers see. model: everything; sliding_window: the last "
+        "attention_window tokens; the others also the first attention_sinks: streaming_llm with positions inside the "
+        "cache, lm_infinite no farther than the window, longformer where they are.")
+    attention_window: Positive | None = Field(
+        None, description="Tokens that a query sees, its own included, with an attention_pattern other than model.")
+    attention_sinks: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="First tokens that stay visible; default: 4 with streaming_llm, 10 with lm_infinite; "
+        "longformer needs it.")
     block_size: Positive = Field(16, description="Tokens of a KV-cache block; a power of two from 8 to 128.")
     num_blocks: Positive | None = Field(
         None, description="KV-cache blocks of a worker group; default: what the memory that may be used allows.")
@@ -81,6 +92,19 @@ class EngineConfig(BaseModel):
             raise ValueError("min_port and max_port go together: set both or none")
         if self.min_port is not None and self.max_port is not None and self.max_port < self.min_port:
             raise ValueError(f"max_port ({self.max_port}) is below min_port ({self.min_port})")
+        if self.attention_pattern == "model":
+            for key in ("attention_window", "attention_sinks"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} goes with an attention_pattern: choose sliding_window, streaming_llm, "
+                                     "lm_infinite or longformer")
+        elif self.attention_window is None:
+            raise ValueError(f"attention_pattern={self.attention_pattern!r} needs attention_window")
+        if self.attention_pattern == "sliding_window" and self.attention_sinks:
+            raise ValueError("attention_pattern='sliding_window' has no sinks: use streaming_llm, lm_infinite or "
+                             "longformer with attention_sinks")
+        if self.attention_pattern == "longformer" and not self.attention_sinks:
+            raise ValueError("attention_pattern='longformer' needs attention_sinks: how many of the first tokens are "
+                             "global")
         if self.preemption_mode == "swap" and self.swap_space_bytes == 0:
             raise ValueError("preemption_mode='swap' needs host memory: leave swap_space_bytes unset or above 0")
         if self.kv_disk_path is not None and not (self.enable_prefix_caching and self.swap_space_bytes != 0):

@@ -57,8 +57,15 @@ class ModelConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     rope_scaling: RopeScaling | None = None
     rotary_dim: int | None = None
     """Leading elements of each head that turn; None: all."""
+    learned_positions: bool = False
+    """Whether the family adds learned positions to the embedding, in the place of rotary ones."""
     layer_windows: tuple[int | None, ...] = ()
     """Per layer how many tokens a query sees, its own included; None: all. Empty: all in every layer."""
+    layer_sinks: tuple[int, ...] = ()
+    """Per layer how many of the first tokens a query sees besides its window. Empty: none in every layer."""
+    sink_distance: Literal["true", "cache", "ceiling"] = "true"
+    """How far sinks behind the window seem to be. `true`: as far as they are. `cache`: as if the tokens between them
+    and the window were not there (StreamingLLM). `ceiling`: no farther than the window (LM-Infinite)."""
     attention_scale: float | None = None
     """Factor of the attention scores; None: `head_dim ** -0.5`."""
     attention_softcap: float | None = None
@@ -83,8 +90,9 @@ class ModelConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class KVGroupSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The layers that share one cache policy (DESIGN: KV group). `window` None: every token stays visible."""
+    """The layers that share one cache policy (DESIGN: KV group)."""
 
     layer_ids: tuple[int, ...]
     window: int | None = None
+    """A query at position p sees positions p - window + 1 .. p and the first `num_sinks`; None: every one up to p."""
     num_sinks: int = 0

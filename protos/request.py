@@ -107,6 +107,15 @@ class Pong(Struct, kw_only=True, omit_defaults=True, tag="pong"):
 FromHead = DeltaBatch | Reply | Pong
 
 
+class KVPool(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The device blocks of one KV group: what bounds the sequences that fit."""
+
+    num_blocks: int
+    window: int | None = None
+    """As in `KVGroupSpec`: what lies behind it gives its blocks back."""
+    num_sinks: int = 0
+
+
 class EngineInfo(Struct, frozen=True, kw_only=True):
     """What a frontend must know to check a request before it is sent."""
 
@@ -117,10 +126,14 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     kv_capacity_tokens: int
     """Tokens that the block space of one worker group holds."""
     block_size: int
-    num_blocks: int
+    max_num_batched_tokens: int
+    """Most tokens that one step computes."""
+    kv_pools: list[KVPool]
     num_host_blocks: int
     """Blocks of the host pool, to which sequences are swapped out and cached blocks fall."""
     kernels: str
     dtype: str
+    kv_cache_dtype: str
+    """Of the KV cache: a dtype, or how it is quantized."""
     tp_size: int
     num_groups: int

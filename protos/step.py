@@ -41,7 +41,9 @@ class SequenceStep(Struct, kw_only=True, omit_defaults=True):
     seq_id: int
     num_tokens: int = 1
     new_block_ids: list[list[int]] = []
-    """Blocks appended to the block table of each KV group; empty: none in any group."""
+    """Blocks appended to the block table of each KV group; empty: none in any group. 0 stands for a block that lies
+    behind the window. Entries that fall behind it later are not taken back: what they name belongs to somebody else,
+    and nobody may look at it."""
     copied_block_ids: list[int] = []
     """Per KV group the block that takes the place of the one that holds the first token computed, which other
     sequences still read; the plan's `copies` bring its contents (copy-on-write). Empty: it is written in place."""
@@ -178,7 +180,8 @@ class RankConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     model: ModelConfig
     dtype: str
-    """`float32`, `bfloat16` or `float16`: of weights, activations and KV cache."""
+    """`float32`, `bfloat16` or `float16`: of weights, activations and, unless `kv_cache_dtype` says otherwise, the KV
+    cache."""
     device: str
     tp_size: int
     rank: int
@@ -190,6 +193,8 @@ class RankConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_threads: int
     step_timeout_s: float
     lease_s: float
+    kv_cache_dtype: str = "auto"
+    """`auto`: as `dtype`; `int8`, `fp8`: quantized, with one scale per token and head."""
     kv_disk_path: str | None = None
     """Directory of the disk tier; None: there is none."""
 

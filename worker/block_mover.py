@@ -7,6 +7,7 @@ import torch
 from ..kernels import copy_blocks
 from ..protos.step import BlockMoves
 from .disk_tier import Bytes, DiskTier
+from .pool_memory import empty_pool
 
 
 class BlockMover:
@@ -17,7 +18,7 @@ class BlockMover:
         pinned = devices[0].is_cuda
         self._devices = devices
         self._hosts = [
-            torch.empty((count + 1, *device.shape[1:]), dtype=device.dtype, pin_memory=pinned)
+            empty_pool((count + 1, *device.shape[1:]), device.dtype, torch.device("cpu"), pinned=pinned)
             for device, count in zip(devices, num_host_blocks, strict=True)]
         # Per KV group [num_blocks, block_bytes], the same memory.
         self._host_bytes: list[Bytes] = [host.view(torch.uint8).flatten(1).numpy() for host in self._hosts]

@@ -24,7 +24,8 @@ COPY_REPEATS = 3
 
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, config: RankConfig, dtype: torch.dtype, device: torch.device) -> RankCosts:
-    """Takes some tenths of a second and memory that is free again afterwards. All ranks of a group at once."""
+    """`dtype` of the KV cache. Takes some tenths of a second and memory that is free again afterwards. All ranks of a
+    group at once."""
     return RankCosts(copy_bytes_per_s=_copy_bytes_per_s(decoder, config.block_size, dtype, device),
                      prefill_tokens_per_s=_prefill_tokens_per_s(decoder, config, dtype, device))
 
@@ -32,8 +33,8 @@ def measure_costs(decoder: Decoder, config: RankConfig, dtype: torch.dtype, devi
 def _caches(
     decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
-    return [torch.zeros(cache_shape(decoder.config, decoder.layout, group, num_blocks + 1, block_size), dtype=dtype,
-                        device=device) for group in decoder.kv_groups]
+    return [torch.zeros(cache_shape(decoder.config, decoder.layout, group, num_blocks + 1, block_size, dtype),
+                        dtype=dtype, device=device) for group in decoder.kv_groups]
 
 
 def _copy_bytes_per_s(decoder: Decoder, block_size: int, dtype: torch.dtype, device: torch.device) -> float:

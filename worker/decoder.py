@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..kernels import linear, pack_linear
+from ..kernels import Mask, linear, pack_linear
 from ..protos.model import ModelConfig
-from .attention import Attention, check_attention
+from .attention import Attention
 from .batch import ForwardBatch
 from .collectives import Communicator
+from .far_sinks import FarSinkRule
 from .kv_groups import block_bytes, cache_shape, kv_groups
 from .layout import TPLayout
 from .mlp import ACTIVATIONS, Experts, Mlp
@@ -40,7 +41,8 @@ class Decoder:
                  comm: Communicator, max_model_len: int) -> None:
         self.config = config
         self.layout = layout
-        self.kv_groups = kv_groups(config)
+        self.kv_groups = kv_groups(config, max_model_len)
+        self._far_sinks = [FarSinkRule.of(config, group) for group in self.kv_groups]
         self._comm = comm
         self._embedding = shard.rows("embedding")
         self._embedding_scale = config.hidden_size**0.5 if shard.family.scales_embedding else None
@@ -74,10 +76,9 @@ class Decoder:
         """Read this rank's weights from `source`, as `dtype` on `device`.
 
         `max_model_len` bounds the positions that a batch may name; default: what the model was made for. Raises
-        `ConfigError` when the model cannot be computed for that length, `ModelLoadError` when the files cannot be read.
+        `ModelLoadError` when the files cannot be read.
         """
         max_model_len = max_model_len or config.max_position_embeddings
-        check_attention(config, max_model_len)
         shard = ShardReader(config, layout, source, dtype, device)
         return cls(config, layout, shard, device, comm, max_model_len)
 
@@ -90,10 +91,11 @@ class Decoder:
         """
         # x: [num_tokens, hidden_size], the residual stream
         angles = [(cos[batch.positions].unsqueeze(1), sin[batch.positions].unsqueeze(1)) for cos, sin in self._rotary]
+        far = [None if rule is None else rule.angles(self._rotary[0], batch.positions) for rule in self._far_sinks]
         x = self._embed(batch.token_ids, batch.positions)
         for layer in self._layers:
             normed = layer.attention_norm(x)
-            part = layer.attention(normed, angles, batch, caches)
+            part = layer.attention(normed, angles, far, batch, caches)
             if not self._parallel:
                 x = x + self._sum(part, layer.attention_post_norm)
             mlp_part = layer.mlp(normed if layer.mlp_norm is None else layer.mlp_norm(x))
@@ -133,9 +135,11 @@ class Decoder:
         if self._rotary:
             windowed = bool(config.layer_windows) and config.layer_windows[layer] is not None
             angles = 1 if windowed and len(self._rotary) > 1 else 0
+        spec = self.kv_groups[group]
         return Attention(
             group, layer_in_group, angles, layout.num_heads, layout.num_kv_heads, config.head_dim,
             scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+            mask=Mask(spec.window, spec.num_sinks, config.attention_softcap),
             qkv=shard.column_parallel(("q", "k", "v"), layer), q_norm=shard.optional_norm("q_norm", layer),
             k_norm=shard.optional_norm("k_norm", layer), o=shard.row_parallel("o", layer))
 

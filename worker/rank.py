@@ -17,9 +17,10 @@ from .costs import measure_costs
 from .decoder import Decoder
 from .disk_tier import DiskTier
 from .fingerprint import fingerprint
-from .kv_groups import block_bytes, cache_shape
+from .kv_groups import block_bytes, cache_shape, kv_dtype
 from .layout import TPLayout
 from .memory import available_bytes
+from .pool_memory import empty_pool
 from .sampling import Sampler
 from .step_sampling import StepSampling
 from .weights import open_weights
@@ -36,6 +37,7 @@ class Rank:
         self._comm = comm
         self._device = torch.device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._kv_dtype = kv_dtype(config.kv_cache_dtype, self._dtype)
         self._layout = TPLayout.of(config.model, config.tp_size, config.rank)
         torch.set_num_threads(config.num_threads)
         source = open_weights(config.model)
@@ -43,7 +45,7 @@ class Rank:
             config.model, self._layout, source, self._dtype, self._device, comm, config.max_model_len)
         groups = self._decoder.kv_groups
         self._block_bytes = [
-            block_bytes(config.model, self._layout, group, config.block_size, self._dtype) for group in groups]
+            block_bytes(config.model, self._layout, group, config.block_size, self._kv_dtype) for group in groups]
         self._disk: DiskTier | None = None
         if config.kv_disk_path is not None:
             self._disk = DiskTier(config.kv_disk_path, fingerprint(config, groups, source), self._block_bytes)
@@ -55,7 +57,7 @@ class Rank:
 
     def measure(self) -> RankCosts:
         """Time copies and a forward pass, which takes some tenths of a second. All ranks of a group at once."""
-        return measure_costs(self._decoder, self._config, self._dtype, self._device)
+        return measure_costs(self._decoder, self._config, self._kv_dtype, self._device)
 
     def ready(self, costs: RankCosts) -> RankReady:
         """What the Head needs to size the pools and to schedule. `costs`: what `measure` found."""
@@ -69,9 +71,10 @@ class Rank:
         """Make the pools: per KV group so many blocks on the device and in host memory (which may be none), and the
         null block before them."""
         self._caches = [
-            torch.empty(
-                cache_shape(self._config.model, self._layout, group, count + 1, self._config.block_size),
-                dtype=self._dtype, device=self._device)
+            empty_pool(
+                cache_shape(self._config.model, self._layout, group, count + 1, self._config.block_size,
+                            self._kv_dtype),
+                self._kv_dtype, self._device)
             for group, count in zip(self._decoder.kv_groups, num_blocks, strict=True)]
         self._mover = BlockMover(self._caches, num_host_blocks, self._disk)
 

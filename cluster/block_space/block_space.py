@@ -13,9 +13,11 @@ from .block_pool import BlockPool, State
 from .integrity import check_integrity
 from .plan_moves import PlanMoves
 from .prefix_keys import PrefixKeys
+from .prefix_match import Match, PrefixMatcher
 from .sequence_blocks import SequenceBlocks
 from .swapping import Swapper
 from .tiers import Tiers
+from .windows import Need, Windows
 
 
 class Answer(Enum):
@@ -24,10 +26,6 @@ class Answer(Enum):
     OK = "ok"
     LATER = "later"
     NEVER = "never"
-
-
-Match = list[list[int]]
-"""Cached blocks that a prompt begins with, per block and KV group: a device block, or minus a host block."""
 
 
 class BlockSpace:
@@ -55,6 +53,8 @@ class BlockSpace:
         self.moves = PlanMoves(len(kv_groups))
         self.tiers = Tiers(self.devices, self.hosts, self.moves, disk_capacity=disk_capacity, stored_keys=stored_keys,
                            orphaned_keys=orphaned_keys)
+        self.windows = Windows(kv_groups, block_size)
+        self._matcher = PrefixMatcher(self.devices, self.hosts, self.moves, self.windows, block_size)
         self._swapper = Swapper(self.devices, self.hosts, self.moves)
         self.live: dict[int, SequenceBlocks] = {}
         """Sequences that hold blocks."""
@@ -77,14 +77,12 @@ class BlockSpace:
         return sum(device.counts[State.USED] for device in self.devices)
 
     @property
-    def min_pool_blocks(self) -> int:
-        """Blocks of the smallest device pool."""
-        return min(device.num_blocks for device in self.devices)
-
-    @property
     def capacity_tokens(self) -> int:
-        """Tokens that one sequence, alone, could hold."""
-        return self.min_pool_blocks * self.block_size
+        """Tokens that one sequence, alone, could hold; where every KV group has a window, those that the smallest pool
+        holds at a time."""
+        windows = self.windows.by_group
+        sizes = [device.num_blocks for device, window in zip(self.devices, windows, strict=True) if window is None]
+        return min(sizes or [device.num_blocks for device in self.devices]) * self.block_size
 
     @property
     def slots(self) -> tuple[int, int]:
@@ -95,16 +93,18 @@ class BlockSpace:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def answer(self, count: int, *, count_releasing: bool = False) -> Answer:
-        """Whether `count` blocks of every KV group can be had now (with `count_releasing`, once the results in flight
-        are in), later, or never."""
-        if self.has_room(count, count_releasing=count_releasing):
+    def answer(self, need: Need, *, count_releasing: bool = False) -> Answer:
+        """Whether these blocks can be had now (with `count_releasing`, once the results in flight are in), later, or
+        never."""
+        if self.has_room(need, count_releasing=count_releasing):
             return Answer.OK
-        return Answer.LATER if count <= self.min_pool_blocks else Answer.NEVER
+        fits = all(count <= device.num_blocks for count, device in zip(need, self.devices, strict=True))
+        return Answer.LATER if fits else Answer.NEVER
 
-    def has_room(self, count: int, *, count_releasing: bool = False) -> bool:
-        """Whether `count` blocks of every KV group can be had now, or once the results in flight are in."""
-        return all(count <= device.num_available(count_releasing=count_releasing) for device in self.devices)
+    def has_room(self, need: Need, *, count_releasing: bool = False) -> bool:
+        """Whether these blocks can be had now, or once the results in flight are in."""
+        return all(count <= device.num_available(count_releasing=count_releasing)
+                   for count, device in zip(need, self.devices, strict=True))
 
     # -- one sequence --------------------------------------------------------------------------------------------
 
@@ -120,8 +120,14 @@ class BlockSpace:
         blocks.num_tokens = num_tokens
         return True
 
-    def num_missing(self, members: list[tuple[SequenceBlocks, int]]) -> int:
-        """Blocks of every KV group that growing these sequences to these numbers of tokens takes, copies included."""
+    def release_behind_windows(self, blocks: SequenceBlocks, *, busy_until: int) -> None:
+        """Give back the blocks that no token from the next one on sees. `busy_until`: the last plan that names the
+        sequence."""
+        self.windows.release_behind(blocks, self.devices, self.hosts, busy_until)
+
+    def num_missing(self, members: list[tuple[SequenceBlocks, int]]) -> Need:
+        """Blocks that growing these sequences to these numbers of tokens takes, copies included: equally many of every
+        KV group, since a new block and a partly filled one stand in all of its tables."""
         missing = 0
         writers: dict[int, int] = {}
         for blocks, num_tokens in members:
@@ -134,7 +140,7 @@ class BlockSpace:
             # The last one to write has the block for itself.
             pool = self.devices[0] if tail > 0 else self.hosts[0]
             missing += min(count, pool.ref_counts[abs(tail)] - 1)
-        return missing
+        return [missing] * len(self.devices)
 
     def grow(self, blocks: SequenceBlocks, num_tokens: int) -> tuple[list[list[int]], list[int]]:
         """Make the tables hold `num_tokens`. Returns, per KV group, the blocks appended ([] for none in any) and the
@@ -163,9 +169,10 @@ class BlockSpace:
             for entry in table:
                 if entry > 0:
                     device.take(entry)
-                else:
+                elif entry < 0:
                     host.take(-entry)
         child.num_tokens, child.capacity = parent.num_tokens, parent.capacity
+        child.num_behind = list(parent.num_behind)
         child.root, child.keys, child.num_keyed = parent.root, list(parent.keys), parent.num_keyed
         parent.may_share_tail = child.may_share_tail = parent.may_share_tail or parent.num_tokens < parent.capacity
         if child.tables[0]:
@@ -180,47 +187,35 @@ class BlockSpace:
             for entry in reversed(table):
                 if entry < 0:
                     host.release(-entry, busy_until)
-                elif device.release(entry, busy_until) and is_tail and device is self.devices[0]:
+                elif entry and device.release(entry, busy_until) and is_tail and device is self.devices[0]:
                     self.num_unused_slots -= blocks.capacity - blocks.num_tokens
                 is_tail = False
             table.clear()
         blocks.num_tokens = blocks.capacity = blocks.num_keyed = 0
+        blocks.num_behind = [0] * len(blocks.tables)
         blocks.may_share_tail = False
         self.live.pop(blocks.seq_id, None)
 
     # -- sharing by content --------------------------------------------------------------------------------------
 
     def match(self, blocks: SequenceBlocks, token_ids: list[int]) -> Match:
-        """The cached blocks that `token_ids` begin with, in every KV group, leaving at least one token to compute."""
-        found: Match = []
+        """The most cached blocks that `token_ids` can begin with, leaving at least one token to compute."""
         if blocks.root is None:
-            return found
+            return []
         self.prefix_keys.extend(blocks.keys, blocks.root, token_ids, len(token_ids))
-        for key in blocks.keys[: (len(token_ids) - 1) // self.block_size]:
-            places = []
-            for group, (device, host) in enumerate(zip(self.devices, self.hosts, strict=True)):
-                place = device.find(key)
-                if place is None:
-                    place = host.find(key)
-                    if place is None or place in self.moves.written_hosts[group]:
-                        return found
-                    place = -place
-                places.append(place)
-            found.append(places)
-        return found
+        return self._matcher.find(blocks.keys[: (len(token_ids) - 1) // self.block_size])
 
     def refresh(self, match: Match) -> None:
         """Host blocks of a match are now the last to be evicted."""
-        for places in match:
-            for host, place in zip(self.hosts, places, strict=True):
-                if place < 0:
-                    host.take(-place)
-                    host.release(-place)
+        self._matcher.refresh(match)
 
-    def num_to_take(self, match: Match) -> int:
-        """Available device blocks, of the tightest KV group, that attaching a match uses up."""
-        return max((sum(places[group] < 0 or device.states[places[group]] in (State.CACHED, State.EMPTIED)
-                        for places in match) for group, device in enumerate(self.devices)), default=0)
+    def num_on_host(self, match: Match) -> int:
+        """Host blocks of a match, in the KV group that has the most."""
+        return self._matcher.num_on_host(match)
+
+    def num_to_take(self, match: Match) -> Need:
+        """Available device blocks that attaching a match uses up."""
+        return self._matcher.num_to_take(match)
 
     def attach(self, blocks: SequenceBlocks, match: Match) -> None:
         """Begin the empty tables of a sequence with the blocks of a match."""
@@ -232,7 +227,7 @@ class BlockSpace:
                 if (place := places[group]) > 0:
                     device.take(place)
                     device.count_hit(place)
-                else:
+                elif place < 0:
                     host.take(-place)
             for index, places in enumerate(match):
                 if (place := places[group]) < 0:
@@ -243,6 +238,7 @@ class BlockSpace:
             blocks.tables[group].extend(places[group] for places in match)
         blocks.num_keyed = len(match)
         blocks.num_tokens = blocks.capacity = len(match) * self.block_size
+        self.windows.skip(blocks)
         self.live[blocks.seq_id] = blocks
 
     def offer(self, blocks: SequenceBlocks, token_ids: list[int]) -> None:
@@ -257,7 +253,7 @@ class BlockSpace:
         for group, table in enumerate(blocks.tables):
             for index in range(blocks.num_keyed, num_full):
                 entry, pools = table[index], (self.devices, self.hosts)
-                if pools[entry < 0][group].keys[abs(entry)] is None:
+                if entry and pools[entry < 0][group].keys[abs(entry)] is None:
                     pools[entry < 0][group].register(abs(entry), blocks.keys[index], blocks.priority)
         blocks.num_keyed = num_full
 
@@ -273,7 +269,8 @@ class BlockSpace:
     # -- swapping ------------------------------------------------------------------------------------------------
 
     def num_to_swap_out(self, members: list[SequenceBlocks]) -> int | None:
-        """Blocks that swapping a sequence group out would move; None: the host has no room for it."""
+        """Blocks that swapping a sequence group out would move, in the KV group that has the most; None: the host has
+        no room for it."""
         return self._swapper.num_to_swap_out(members)
 
     def swap_out(self, members: list[SequenceBlocks], *, busy_until: int) -> None:
@@ -281,8 +278,8 @@ class BlockSpace:
         self.num_unused_slots -= self._unused(members)
         self._swapper.swap_out(members, busy_until)
 
-    def num_to_swap_in(self, members: list[SequenceBlocks]) -> int:
-        """Device blocks, of the tightest KV group, that bringing a group back takes."""
+    def num_to_swap_in(self, members: list[SequenceBlocks]) -> Need:
+        """Device blocks that bringing a group back takes."""
         return self._swapper.num_to_swap_in(members)
 
     def swap_in(self, members: list[SequenceBlocks]) -> None:

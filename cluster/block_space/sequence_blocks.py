@@ -11,7 +11,8 @@ class SequenceBlocks:
 
     seq_id: int
     tables: list[list[int]]
-    """Per KV group: a positive entry is a device block, a negative one the host block of that number."""
+    """Per KV group: a positive entry is a device block, a negative one the host block of that number, and 0 the null
+    block: none is needed there any more. A last block that is not full is never 0."""
     num_tokens: int = 0
     """Slots filled, by the plans sent so far and the one being made."""
     capacity: int = 0
@@ -26,6 +27,11 @@ class SequenceBlocks:
     """Leading blocks that were found by their key or offered under it."""
     priority: int = 0
     """Of the request: eviction may heed it."""
+    num_behind: list[int] = field(init=False)
+    """Per KV group the leading entries, sinks apart, that are 0 because its window has passed them."""
+
+    def __post_init__(self) -> None:
+        self.num_behind = [0] * len(self.tables)
 
     @property
     def holds_device_blocks(self) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter
 from .block_pool import BlockPool, State
 from .plan_moves import PlanMoves
 from .sequence_blocks import SequenceBlocks
+from .windows import Need
 
 
 class Swapper:
@@ -18,7 +19,8 @@ class Swapper:
         self._moves = moves
 
     def num_to_swap_out(self, members: list[SequenceBlocks]) -> int | None:
-        """Blocks of every KV group that a swap-out would move; None: the host has no room for them."""
+        """Blocks that a swap-out would move, in the KV group that has the most; None: the host has no room for them.
+        """
         most = 0
         for group, host in enumerate(self._hosts):
             own = self._exclusive(group, members)
@@ -58,16 +60,16 @@ class Swapper:
             for blocks in members:
                 blocks.tables[group] = [-target[entry] if entry in target else entry for entry in blocks.tables[group]]
 
-    def num_to_swap_in(self, members: list[SequenceBlocks]) -> int:
-        """Device blocks of the tightest pool that a swap-in takes."""
-        most = 0
+    def num_to_swap_in(self, members: list[SequenceBlocks]) -> Need:
+        """Device blocks that a swap-in takes."""
+        need = []
         for group, device in enumerate(self._devices):
             needed = 0
             for host_id in self._swapped(group, members):
                 block_id = self._on_device(group, host_id)
                 needed += block_id is None or device.states[block_id] in (State.CACHED, State.EMPTIED)
-            most = max(most, needed)
-        return most
+            need.append(needed)
+        return need
 
     def swap_in(self, members: list[SequenceBlocks]) -> None:
         """Bring every block of the group back; the caller has checked that there is room."""

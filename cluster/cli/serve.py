@@ -115,8 +115,9 @@ async def _wait_until_ready(config: ServeConfig, head: Any, stop: threading.Even
 def _announce(config: ServeConfig, infos: list[EngineInfo], seconds: float) -> None:
     info = infos[0]
     capacity = sum(each.kv_capacity_tokens for each in infos)
+    blocks = " + ".join(f"{pool.num_blocks:,}" for pool in info.kv_pools)
     console.print(
-        f"KV cache: {capacity:,} tokens in {info.num_blocks:,} blocks of {info.block_size}; "
+        f"KV cache: {capacity:,} tokens ({info.kv_cache_dtype}) in {blocks} blocks of {info.block_size}; "
         f"{capacity / info.max_model_len:.1f} requests of {info.max_model_len:,} tokens at once")
     console.print(f"model {config.public_name}: {info.dtype}, tp_size {info.tp_size}, kernels {info.kernels}")
     grpc = "" if config.grpc_port is None else f", gRPC at {config.host}:{config.grpc_port}"

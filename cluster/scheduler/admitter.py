@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..block_space import Answer, BlockSpace, Match
+from ..block_space import Answer, BlockSpace, Match, Need
 from ..policies import Watermark
 from .advancer import Advancer
 from .disk_loads import DiskLoads
@@ -16,7 +16,7 @@ class Admitter:
 
     def __init__(
         self, space: BlockSpace, queues: Queues, advancer: Advancer, preemptor: Preemptor, loads: DiskLoads, *,
-        max_num_seqs: int, watermark: Watermark,
+        max_num_seqs: int, max_num_batched_tokens: int, watermark: Watermark,
     ) -> None:
         self._space = space
         self._queues = queues
@@ -24,6 +24,7 @@ class Admitter:
         self._preemptor = preemptor
         self._loads = loads
         self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._watermark = watermark
         self.num_queried_tokens = 0
         """Prompt tokens of groups that have begun, and of those the ones that were found in the prefix cache."""
@@ -52,11 +53,11 @@ class Admitter:
                 match = self._find(group)
                 if match is None:
                     return True
-                needed = self._num_needed(group, match)
-                if not advancer.waits_for_blocks and self._space.answer(needed) is Answer.OK:
+                need = self._need(group, match)
+                if not advancer.waits_for_blocks and self._space.answer(need) is Answer.OK:
                     self._start(group, match)
                     return True
-                if advancer.waits_for_blocks or self._space.answer(needed, count_releasing=True) is Answer.OK:
+                if advancer.waits_for_blocks or self._space.answer(need, count_releasing=True) is Answer.OK:
                     return False
             victim = self._preemptor.pick_victim(group, only_lower_priority=True) if advancer.may_preempt else None
             if victim is not None:
@@ -82,20 +83,26 @@ class Admitter:
         wanted = leader.blocks.keys[len(match): (leader.num_tokens - 1) // self._space.block_size]
         if wanted and self._space.tiers.disk_capacity:
             self._space.refresh(match)
-            if self._loads.begin(group, wanted, num_kept=sum(places[0] < 0 for places in match)):
+            if self._loads.begin(group, wanted, num_kept=self._space.num_on_host(match)):
                 return None
         return match
 
-    def _num_needed(self, group: SequenceGroup, match: Match) -> int:
+    def _need(self, group: SequenceGroup, match: Match) -> Need:
         """Blocks that must be there for a group to start: its next tokens included, and the watermark."""
-        space = self._space
-        watermark = self._watermark(space.min_pool_blocks, len(self._queues.running))
+        space, num_running = self._space, len(self._queues.running)
         if group.status is Status.SWAPPED:
-            members = [sequence.blocks for sequence in group.live if sequence.has_begun]
-            growth = [(s.blocks, s.num_computed_tokens + s.num_uncomputed_tokens) for s in group.live if s.has_begun]
-            return space.num_to_swap_in(members) + space.num_missing(growth) + watermark
-        leader = group.live[0]
-        return space.num_to_take(match) + space.blocks_for(leader.num_tokens) - len(match) + watermark
+            begun = [sequence for sequence in group.live if sequence.has_begun]
+            growth = space.num_missing([(s.blocks, s.num_computed_tokens + s.num_uncomputed_tokens) for s in begun])
+            held = space.num_to_swap_in([sequence.blocks for sequence in begun])
+            num_seqs = len(begun)
+        else:
+            growth = [space.blocks_for(group.live[0].num_tokens) - len(match)] * len(space.devices)
+            held, num_seqs = space.num_to_take(match), 1
+        # What is computed at the end of a long prompt takes the place of its beginning where a window has passed that.
+        need = space.windows.cap([one + other for one, other in zip(held, growth, strict=True)], num_seqs,
+                                 self._max_num_batched_tokens)
+        return [count + self._watermark(device.num_blocks, num_running)
+                for count, device in zip(need, space.devices, strict=True)]
 
     def _start(self, group: SequenceGroup, match: Match) -> None:
         if group.status is Status.SWAPPED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..block_space import BlockSpace, Match
+from ..block_space import BlockSpace, Match, Need
 from .plan_draft import PlanDraft
 from .preemptor import Preemptor
 from .sequence import Sequence, SequenceGroup, Status
@@ -58,14 +58,15 @@ class Advancer:
         wanted: list[tuple[Sequence, int]] = []
         budget = self.budget - self.reserved
         for sequence in group.live:
+            self._release_behind_windows(sequence, busy_until=sequence.last_step_id)
             if not sequence.has_begun and (group.is_forked or sequence is not group.live[0]):
                 continue
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if num_tokens > 0:
                 wanted.append((sequence, num_tokens))
                 budget -= num_tokens
-        missing = self._space.num_missing([(s.blocks, s.num_computed_tokens + n) for s, n in wanted])
-        if wanted and not self._make_room(group, missing):
+        need = self._space.num_missing([(s.blocks, s.num_computed_tokens + n) for s, n in wanted])
+        if wanted and not self._make_room(group, need):
             return
         for sequence, num_tokens in wanted:
             self._compute(sequence, num_tokens)
@@ -84,12 +85,13 @@ class Advancer:
             num_tokens = min(sequence.num_tokens - num_cached, self.budget - self.reserved)
             if num_tokens <= 0:
                 return
-            needed = self._space.num_to_take(match) + self._space.blocks_for(num_cached + num_tokens) - len(match)
-            if not self._make_room(group, needed, may_be_victim=not drafted):
+            growth = self._space.blocks_for(num_cached + num_tokens) - len(match)
+            need = [count + growth for count in self._space.num_to_take(match)]
+            if not self._make_room(group, need, may_be_victim=not drafted):
                 return
             # Making room may have evicted, or moved, what was found.
-            match = self.match(sequence)[: len(match)]
-            if len(match) * self._space.block_size < num_cached:
+            match = self.match(sequence)
+            if len(match) * self._space.block_size != num_cached:
                 return
             self.begin(sequence, match)
             self._compute(sequence, num_tokens)
@@ -107,6 +109,7 @@ class Advancer:
         new: list[list[int]] = []
         copied: list[int] = []
         if not space.extend_in_place(sequence.blocks, target):
+            self._release_behind_windows(sequence, busy_until=sequence.last_step_id)
             if not self._make_room(group, space.num_missing([(sequence.blocks, target)])):
                 return
             new, copied = space.grow(sequence.blocks, target)
@@ -115,6 +118,8 @@ class Advancer:
         self.budget -= num_tokens
         if num_tokens > 1:
             space.offer(sequence.blocks, sequence.token_ids)
+            # Of a long chunk most is behind the window already: it need not be held while the window fills again.
+            self._release_behind_windows(sequence, busy_until=self._draft.step_id)
         if not reaches_end:
             return
         if group.beam_search:
@@ -126,16 +131,22 @@ class Advancer:
             for follower in group.live[1:]:
                 self._draft.add_sibling(sequence, follower)
 
-    def _make_room(self, group: SequenceGroup, count: int, *, may_be_victim: bool = True) -> bool:
-        """Have `count` blocks free for `group`, preempting groups behind it and in the end itself.
+    def _release_behind_windows(self, sequence: Sequence, busy_until: int) -> None:
+        if self._space.windows.any:
+            # What nobody holds any more can still be found, if it was offered while it was held.
+            self._space.offer(sequence.blocks, sequence.token_ids)
+            self._space.release_behind_windows(sequence.blocks, busy_until=busy_until)
+
+    def _make_room(self, group: SequenceGroup, need: Need, *, may_be_victim: bool = True) -> bool:
+        """Have these blocks free for `group`, preempting groups behind it and in the end itself.
 
         False when it has to wait, or was preempted. Where releasing blocks will do, it waits for them, and nobody
         behind it takes them: preempting more groups would not bring them sooner.
         """
-        if not count:
+        if not any(need):
             return True
-        while not self._space.has_room(count):
-            if self.waits_for_blocks or self._space.has_room(count, count_releasing=True):
+        while not self._space.has_room(need):
+            if self.waits_for_blocks or self._space.has_room(need, count_releasing=True):
                 self.waits_for_blocks = True
                 return False
             if not self.may_preempt:

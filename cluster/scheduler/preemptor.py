@@ -58,9 +58,14 @@ class Preemptor:
         draft, space = self._draft, self._space
         begun = [sequence for sequence in group.live if sequence.has_begun]
         members = [sequence.blocks for sequence in begun]
+        for sequence in begun:
+            # What no token to come sees need not be moved.
+            space.release_behind_windows(sequence.blocks, busy_until=sequence.last_step_id)
         # What sequences share is moved, or computed again, once.
-        num_held = len({entry for blocks in members for entry in blocks.tables[0]})
-        num_tokens = min(group.num_computed_tokens, num_held * space.block_size)
+        tables = [[blocks.tables[kv_group] for blocks in members] for kv_group in range(len(space.devices))]
+        num_held = max(len({entry for table in one for entry in table if entry}) for one in tables)
+        num_places = max(len({place for table in one for place in enumerate(table)}) for one in tables)
+        num_tokens = min(group.num_computed_tokens, num_places * space.block_size)
         num_blocks = space.num_to_swap_out(members)
         choice = self._choose(self.costs, num_held if num_blocks is None else num_blocks, num_tokens)
         swap = choice.swap and num_blocks is not None and num_tokens > 0

@@ -58,6 +58,7 @@ class Scheduler:
             space, self._queues, self._advancer, self.preemptor, self._loads,
             # A step must be able to hold one token of every running sequence, or the last in line would starve.
             max_num_seqs=min(limits.max_num_seqs, limits.max_num_batched_tokens),
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             watermark=pick(WATERMARK, "watermark_policy", watermark_policy))
         self._sequences: dict[int, Sequence] = {}
         self._results = Results(space, self._draft, self._sequences, eos_token_ids, self._new_sequence, self._end)

@@ -16,7 +16,7 @@ from kvarto.cluster.metrics import Metrics
 from kvarto.cluster.scheduler import Scheduler, SchedulerLimits
 from kvarto.protos.config import EngineConfig
 from kvarto.protos.model import KVGroupSpec
-from kvarto.protos.request import AddRequest, EngineInfo
+from kvarto.protos.request import AddRequest, EngineInfo, KVPool
 from kvarto.protos.sampling import SamplingParams
 from kvarto.protos.step import SampledToken, StepPlan, StepResult
 
@@ -63,8 +63,9 @@ def instant_engine(*, num_blocks: int, block_size: int = 16, enable_prefix_cachi
                        enable_prefix_caching=enable_prefix_caching)
     info = EngineInfo(
         epoch=EPOCH, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=MAX_NUM_SEQS,
-        kv_capacity_tokens=space.capacity_tokens, block_size=block_size, num_blocks=num_blocks, num_host_blocks=0,
-        kernels="none", dtype="none", tp_size=1, num_groups=1)
+        kv_capacity_tokens=space.capacity_tokens, block_size=block_size, num_host_blocks=0,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS, kv_pools=[KVPool(num_blocks=num_blocks)],
+        kernels="none", dtype="none", kv_cache_dtype="none", tp_size=1, num_groups=1)
     scheduler = Scheduler(space, SchedulerLimits(MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS), epoch=EPOCH)
     return Engine(scheduler, InlineWorkerGroup([InstantRank()]), info, Metrics(), async_scheduling=True,
                   step_timeout_s=600, block_bytes=[1])

@@ -26,7 +26,7 @@ from kvarto.cluster.frontend.zmq_connection import ZmqConnection
 from kvarto.cluster.metrics import Metrics
 from kvarto.cluster.scheduler import Scheduler, SchedulerLimits
 from kvarto.protos.model import KVGroupSpec
-from kvarto.protos.request import AddRequest, DeltaBatch, EngineInfo
+from kvarto.protos.request import AddRequest, DeltaBatch, EngineInfo, KVPool
 from kvarto.protos.sampling import SamplingParams
 from kvarto.protos.step import SampledToken, StepPlan, StepResult
 from kvarto.worker.rank_server import rank_identity, serve_rank
@@ -68,8 +68,8 @@ class BenchHead:
         space = BlockSpace([KVGroupSpec(layer_ids=(0,))], [num_blocks], 16)
         info = EngineInfo(
             epoch=EPOCH, max_model_len=8192, vocab_size=100, max_num_seqs=num_sequences, block_size=16,
-            kv_capacity_tokens=num_blocks * 16, num_blocks=num_blocks, num_host_blocks=0, kernels="none", dtype="none",
-            tp_size=num_ranks, num_groups=1)
+            kv_capacity_tokens=num_blocks * 16, max_num_batched_tokens=2048, kv_pools=[KVPool(num_blocks=num_blocks)],
+            num_host_blocks=0, kernels="none", dtype="none", kv_cache_dtype="none", tp_size=num_ranks, num_groups=1)
         scheduler = Scheduler(space, SchedulerLimits(num_sequences, 2048), epoch=EPOCH)
         link = self.hub.link(EPOCH, [rank_identity(EPOCH, rank) for rank in range(num_ranks)])
         engine = Engine(

@@ -39,13 +39,14 @@ class Mutant:
 
 
 POOL, SPACE, MOVES = (f"cluster/block_space/{name}.py" for name in ("block_pool", "block_space", "plan_moves"))
+MATCH, WINDOWS = (f"cluster/block_space/{name}.py" for name in ("prefix_match", "windows"))
 SWAPPING, TIERS, KEYS = (f"cluster/block_space/{name}.py" for name in ("swapping", "tiers", "prefix_keys"))
 SCHEDULER, ADMITTER, ADVANCER, RESULTS, LOADS = (
     f"cluster/scheduler/{name}.py" for name in ("scheduler", "admitter", "advancer", "results", "disk_loads"))
 
 MUTANTS = [
     Mutant("fork does not count its references", SPACE,
-           "                if entry > 0:\n                    device.take(entry)\n                else:\n",
+           "                if entry > 0:\n                    device.take(entry)\n                elif entry < 0:\n",
            "                if entry < 0:\n"),
     Mutant("release does not count down", POOL,
            "count = self.ref_counts[block_id] - 1\n", "count = self.ref_counts[block_id]\n"),
@@ -67,8 +68,8 @@ MUTANTS = [
            "num_full = min(blocks.num_tokens, len(token_ids)) // self.block_size",
            "num_full = min(blocks.capacity, len(token_ids)) // self.block_size"),
     Mutant("a match leaves nothing to compute", SPACE,
-           "blocks.keys[: (len(token_ids) - 1) // self.block_size]:",
-           "blocks.keys[: len(token_ids) // self.block_size]:"),
+           "blocks.keys[: (len(token_ids) - 1) // self.block_size])",
+           "blocks.keys[: len(token_ids) // self.block_size])"),
     Mutant("releasing blocks are free at once", POOL,
            "if self._busy_until[block_id] > self._done_step_id:", "if False:"),
     Mutant("a swapped group's host blocks are freed twice", SWAPPING,
@@ -88,13 +89,29 @@ MUTANTS = [
            "if (host_id := self.swapped_in[group].get(source_id)) is not None:", "if host_id := 0:"),
     Mutant("a block that falls to the host can be evicted before it is written", TIERS,
            "host.release(host_id, self._moves.step_id)", "host.release(host_id)"),
-    Mutant("a host block is found in the plan that writes it", SPACE,
-           "if place is None or place in self.moves.written_hosts[group]:", "if place is None:"),
+    Mutant("a host block is found in the plan that writes it", MATCH,
+           "if host_id is None or host_id in self._moves.written_hosts[group] else", "if host_id is None else"),
     Mutant("what a plan emptied is free after it", POOL,
            "            self._set(block_id, State.RELEASING)\n            self._releasing[step_id].append(block_id)\n",
            "            self._rest(block_id)\n"),
     Mutant("prompt_logprobs use the prefix cache", ADVANCER,
            "        if self.wants_prompt_logprobs(sequence):\n            return []\n", ""),
+    Mutant("a block is freed while the next query sees its last token", WINDOWS,
+           "(position - self.size + 1) // self.block_size", "(position - self.size + 2) // self.block_size"),
+    Mutant("sinks are freed", WINDOWS, "Window(group.window, -(-group.num_sinks // block_size),",
+           "Window(group.window, 0,"),
+    Mutant("what a plan in flight still reads is freed at once", WINDOWS,
+           ".release(abs(entry), busy_until)", ".release(abs(entry))"),
+    Mutant("a chunk's blocks are free before it is computed", ADVANCER,
+           "busy_until=self._draft.step_id)", "busy_until=-1)"),
+    Mutant("a hit without the blocks that its window sees", MATCH,
+           "            if is_usable:\n", "            if True:\n"),
+    Mutant("a hit without the sinks", MATCH,
+           "if window is None or index < window.num_sink_blocks:", "if window is None:"),
+    Mutant("blocks behind a window are not given back", WINDOWS,
+           "            if begin >= end:\n", "            if True:\n"),
+    Mutant("a prompt needs all of its blocks at once in the pool of a window", WINDOWS,
+           "min(count, enough)", "count"),
     Mutant("a dead beam keeps its blocks", RESULTS,
            "        for beam in dead:\n            self._end(beam)\n", "        group.live = live\n"),
 ]

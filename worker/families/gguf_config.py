@@ -60,6 +60,7 @@ def read_gguf_config(path: str) -> ModelConfig:
         local_rope_theta=local_theta and meta.number(key("rope.freq_base_swa"), local_theta),
         rope_scaling=read_scaling(header, meta, architecture, rotary_dim or head_dim),
         rotary_dim=rotary_dim,
+        learned_positions=family.hf_names.positions is not None,
         layer_windows=_windows(meta, family, key("attention.sliding_window"), num_layers),
         attention_scale=_attention_scale(family, layout, num_layers, head_dim, hidden_size // num_heads),
         attention_softcap=meta.optional_number(key("attn_logit_softcapping"), family.attention_softcap_default),

@@ -54,6 +54,7 @@ def read_hf_config(directory: str) -> ModelConfig:
         local_rope_theta=rope.local_theta,
         rope_scaling=rope.scaling,
         rotary_dim=rope.rotary_dim,
+        learned_positions=family.hf_names.positions is not None,
         layer_windows=read_windows(meta, family.windows, num_layers),
         attention_scale=None if keys.query_scalar is None else meta.number(keys.query_scalar)**-0.5,
         attention_softcap=_softcap(meta, family, "attn_logit_softcapping", family.attention_softcap_default),

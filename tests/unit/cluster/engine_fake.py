@@ -13,7 +13,7 @@ from kvarto.cluster.engine.loop import EngineLoop
 from kvarto.cluster.metrics import Metrics
 from kvarto.cluster.scheduler import Scheduler, SchedulerLimits
 from kvarto.protos.model import KVGroupSpec
-from kvarto.protos.request import AddRequest, DeltaBatch, EngineInfo
+from kvarto.protos.request import AddRequest, DeltaBatch, EngineInfo, KVPool
 from kvarto.protos.sampling import SamplingParams
 
 _spec = importlib.util.spec_from_file_location("memory_model", Path(__file__).with_name("memory_model.py"))
@@ -124,8 +124,8 @@ class World:
             stored_keys=self._store(link))
         scheduler = Scheduler(space, self.limits, epoch=epoch, num_ranks=2)
         engine = Engine(
-            scheduler, link, make_info(epoch=epoch, num_blocks=self.num_blocks), self.metrics, async_scheduling=True,
-            step_timeout_s=STEP_TIMEOUT_S, check_integrity=True, block_bytes=[BLOCK_BYTES])
+            scheduler, link, make_info(epoch=epoch, kv_pools=[KVPool(num_blocks=self.num_blocks)]), self.metrics,
+            async_scheduling=True, step_timeout_s=STEP_TIMEOUT_S, check_integrity=True, block_bytes=[BLOCK_BYTES])
         self.engines.append(engine)
         self.links.append(link)
         self.loop.add_group(index, engine, on_ready)
@@ -136,7 +136,7 @@ class World:
         prefix_keys, keys = PrefixKeys(b"", BLOCK_SIZE), []
         prefix_keys.extend(keys, prefix_keys.root("shared/"), self.disk, len(self.disk))
         contents = memory_model.stand_in.chain(self.disk)
-        link.rank.disk = {key: contents[BLOCK_SIZE * i: BLOCK_SIZE * (i + 1)] for i, key in enumerate(keys)}
+        link.rank.disks[0] = {key: contents[BLOCK_SIZE * i: BLOCK_SIZE * (i + 1)] for i, key in enumerate(keys)}
         return keys
 
     def post(self, *messages, owner=b"a"):
@@ -159,7 +159,8 @@ class World:
 def make_info(**changes):
     fields = dict(
         epoch=1, max_model_len=200, vocab_size=memory_model.VOCAB, max_num_seqs=8, kv_capacity_tokens=64 * BLOCK_SIZE,
-        block_size=BLOCK_SIZE, num_blocks=64, num_host_blocks=0, kernels="", dtype="float32", tp_size=1, num_groups=1)
+        block_size=BLOCK_SIZE, max_num_batched_tokens=64, kv_pools=[KVPool(num_blocks=64)], num_host_blocks=0,
+        kernels="", dtype="float32", kv_cache_dtype="float32", tp_size=1, num_groups=1)
     return EngineInfo(**(fields | changes))
 
 

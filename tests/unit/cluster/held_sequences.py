@@ -3,59 +3,95 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import chain
 
+from kvarto.protos.model import KVGroupSpec
 from kvarto.protos.step import BlockMoves, SequenceFork, StepPlan
+
+Block = tuple[int, int]
+"""(KV group, block id)"""
 
 
 def moves_of(plan: StepPlan) -> BlockMoves:
+    """Of a plan for one KV group."""
     assert len(plan.moves) <= 1, "there is one KV group"
     return plan.moves[0] if plan.moves else BlockMoves()
 
 
-class HeldSequences:
-    """Block tables and lengths of the sequences that the ranks hold, followed from the plans alone."""
+def moves_by_group(plan: StepPlan, num_groups: int) -> list[BlockMoves]:
+    assert len(plan.moves) in (0, num_groups), "moves are per KV group"
+    return plan.moves or [BlockMoves() for _ in range(num_groups)]
 
-    def __init__(self, block_size: int) -> None:
+
+def blocks_of(moves: list[BlockMoves], kind: str, place: int) -> set[Block]:
+    """The sources (0) or destinations (1) of the moves of a kind."""
+    return {(group, move[place]) for group, each in enumerate(moves) for move in getattr(each, kind)}
+
+
+def first_seen(group: KVGroupSpec, position: int) -> int:
+    """The first position behind the sinks that a query at `position` sees; sinks are all that is seen before it."""
+    return 0 if group.window is None else max(0, position - group.window + 1)
+
+
+class HeldSequences:
+    """Block tables and lengths of the sequences that the ranks hold, followed from the plans alone. What no query to
+    come sees of a table is nobody's business: 0 stands in its place."""
+
+    def __init__(self, block_size: int, kv_groups: list[KVGroupSpec] | None = None) -> None:
         self.block_size = block_size
-        self.tables: dict[int, list[int]] = {}
+        self.kv_groups = kv_groups or [KVGroupSpec(layer_ids=(0,))]
+        self.tables: dict[int, list[list[int]]] = {}
+        """Per sequence and KV group."""
         self.computed: dict[int, int] = {}
         self.fresh: set[int] = set()
         """Sequences that the present plan starts."""
+        self._num_passed: dict[int, list[int]] = {}
 
-    def change(self, plan: StepPlan) -> set[int]:
+    def change(self, plan: StepPlan) -> set[Block]:
         """Forks, ends and starts of a plan. Returns the blocks of the sequences that were here before and still are."""
         for fork in plan.forks:
             self._fork(fork)
         for seq_id in plan.ends:
-            del self.tables[seq_id], self.computed[seq_id]
-        survivors = {block for table in self.tables.values() for block in table}
+            del self.tables[seq_id], self.computed[seq_id], self._num_passed[seq_id]
+        survivors = {block for seq_id in self.tables for block in self.blocks(seq_id)}
         self.fresh = {start.seq_id for start in plan.starts}
         for start in plan.starts:
             assert start.seq_id not in self.tables, "a sequence that is held starts again"
             assert 0 <= start.num_computed_tokens < len(start.token_ids), "a start leaves nothing to compute"
-            self.tables[start.seq_id], self.computed[start.seq_id] = [], start.num_computed_tokens
+            self.tables[start.seq_id] = [[] for _ in self.kv_groups]
+            self.computed[start.seq_id] = start.num_computed_tokens
+            self._num_passed[start.seq_id] = [0] * len(self.kv_groups)
         return survivors
 
-    def grant(self, plan: StepPlan) -> dict[int, list[int]]:
+    def blocks(self, seq_id: int) -> set[Block]:
+        """Those that the sequence has from now on to do with."""
+        return {(group, block) for group, table in enumerate(self.tables[seq_id]) for block in table if block}
+
+    def grant(self, plan: StepPlan) -> dict[int, set[Block]]:
         """Blocks that the steps bring. Returns per stepped sequence those that it is about to write."""
-        moves, writes = moves_of(plan), {}
-        swapped_in = {block for _, block in moves.swap_ins}
+        moves, writes = moves_by_group(plan, len(self.kv_groups)), {}
+        swapped_in = blocks_of(moves, "swap_ins", 1)
         for step in plan.steps:
             assert step.num_tokens > 0
             assert step.seq_id not in writes, "a sequence has two steps in one plan"
-            table, begin = self.tables[step.seq_id], self.computed[step.seq_id]
+            begin = self.computed[step.seq_id]
             first, end = begin // self.block_size, begin + step.num_tokens
-            if step.new_block_ids:
-                table.extend(step.new_block_ids[0])
-            if step.copied_block_ids:
-                old, new = table[first], step.copied_block_ids[0]
-                assert (old, new) in moves.copies or (step.seq_id in self.fresh and new in swapped_in), (
+            for table, new in zip(self.tables[step.seq_id], step.new_block_ids, strict=False):
+                table.extend(new)
+            for group, new in enumerate(step.copied_block_ids):
+                old, self.tables[step.seq_id][group][first] = self.tables[step.seq_id][group][first], new
+                assert (old, new) in moves[group].copies or (
+                    step.seq_id in self.fresh and (group, new) in swapped_in), (
                     f"block {new} takes the place of {old}, and nothing brings its contents")
-                table[first] = new
-                assert any(old in other for other in self.tables.values()), f"block {old} is copied for nobody"
-            assert len(set(table)) == len(table), "a block stands in a table twice"
-            assert len(table) * self.block_size >= end, "a table is too short for what is computed"
-            writes[step.seq_id] = table[first: -(-end // self.block_size)]
+                assert any(old in tables[group] for tables in self.tables.values()), f"block {old} is copied for nobody"
+            self._pass_by(step.seq_id)
+            written = set()
+            for group, table in enumerate(self.tables[step.seq_id]):
+                held = [block for block in table if block]
+                assert len(set(held)) == len(held), "a block stands in a table twice"
+                assert len(table) * self.block_size >= end, "a table is too short for what is computed"
+                written |= {(group, block) for block in table[first: -(-end // self.block_size)]}
+            writes[step.seq_id] = written
         self._check_writes(writes)
         return writes
 
@@ -63,17 +99,28 @@ class HeldSequences:
         """The steps are computed; their siblings appear."""
         for step in plan.steps:
             self.computed[step.seq_id] += step.num_tokens
+            self._pass_by(step.seq_id)
         for sibling in plan.siblings:
             self._fork(sibling)
 
-    def _check_writes(self, writes: dict[int, list[int]]) -> None:
+    def _pass_by(self, seq_id: int) -> None:
+        """Forget what lies wholly behind a window and is no sink."""
+        for group, (spec, table) in enumerate(zip(self.kv_groups, self.tables[seq_id], strict=True)):
+            end = min(len(table), first_seen(spec, self.computed[seq_id]) // self.block_size)
+            for index in range(self._num_passed[seq_id][group], end):
+                if index * self.block_size >= spec.num_sinks:
+                    table[index] = 0
+            self._num_passed[seq_id][group] = max(end, self._num_passed[seq_id][group])
+
+    def _check_writes(self, writes: dict[int, set[Block]]) -> None:
         """Nobody else holds a block that is written, but those who start in this plan and find it computed whole."""
-        written = {block for blocks in writes.values() for block in blocks}
+        written = set(chain.from_iterable(writes.values()))
         holders = defaultdict(list)
-        for seq_id, table in self.tables.items():
-            for index, block in enumerate(table):
-                if block in written:
-                    holders[block].append((seq_id, (index + 1) * self.block_size))
+        for seq_id, tables in self.tables.items():
+            for group, table in enumerate(tables):
+                for index, block in enumerate(table):
+                    if (group, block) in written:
+                        holders[group, block].append((seq_id, (index + 1) * self.block_size))
         for seq_id, blocks in writes.items():
             for block in blocks:
                 for other, end in holders[block]:
@@ -82,5 +129,7 @@ class HeldSequences:
 
     def _fork(self, fork: SequenceFork) -> None:
         assert fork.seq_id not in self.tables, "a sequence that is held is forked into being"
-        self.tables[fork.seq_id] = list(self.tables[fork.parent_seq_id])
-        self.computed[fork.seq_id] = self.computed[fork.parent_seq_id]
+        parent = fork.parent_seq_id
+        self.tables[fork.seq_id] = [list(table) for table in self.tables[parent]]
+        self.computed[fork.seq_id] = self.computed[parent]
+        self._num_passed[fork.seq_id] = list(self._num_passed[parent])

@@ -19,7 +19,7 @@ from kvarto.cluster.frontend_protocol import Health
 from kvarto.cluster.http.app import create_app
 from kvarto.cluster.outputs import StreamChunk
 from kvarto.protos.config import ServeConfig
-from kvarto.protos.request import EngineInfo
+from kvarto.protos.request import EngineInfo, KVPool
 from kvarto.protos.step import TokenLogprobs
 
 MODEL = "org/fake"
@@ -79,8 +79,9 @@ class FakeFrontend:
     def __init__(self, config, *, reply="Hello, world. ", delay_s=0.0, max_model_len=512):
         self.config = config
         self.info = EngineInfo(epoch=1, max_model_len=max_model_len, vocab_size=VOCAB, max_num_seqs=8,
-                               kv_capacity_tokens=4096, block_size=16, num_blocks=256, num_host_blocks=0,
-                               kernels="none", dtype="float32", tp_size=1, num_groups=1)
+                               kv_capacity_tokens=4096, block_size=16, max_num_batched_tokens=2048,
+                               kv_pools=[KVPool(num_blocks=256)], num_host_blocks=0,
+                               kernels="none", dtype="float32", kv_cache_dtype="float32", tp_size=1, num_groups=1)
         self.tokenizer = FakeTokenizer()
         self.default_sampling = {}
         self.reply, self.delay_s = reply, delay_s

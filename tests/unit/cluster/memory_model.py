@@ -1,8 +1,8 @@
 """A rank that executes plans on a model of memory: whose keys and values stand in which slot. The scheduler's oracle.
 
 It knows the wire contract (`protos/step.py`) and nothing of the scheduler or the block space. What a slot holds is a
-number that depends on all tokens up to it (`stand_in.chain`), so that reading a wrong, stale or unwritten slot shows,
-and sharing is right exactly where prefixes are equal.
+number that depends on all tokens up to it (`stand_in.chain`) and on its KV group, so that reading a wrong, stale or
+unwritten slot shows, and sharing is right exactly where prefixes are equal. What no query sees may be anything.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 
+from kvarto.protos.model import KVGroupSpec
 from kvarto.protos.sampling import SamplingParams
 from kvarto.protos.step import (
     BeamCandidates,
@@ -41,6 +42,7 @@ def _sibling(name: str) -> ModuleType:
 stand_in, held_sequences = _sibling("stand_in"), _sibling("held_sequences")
 VOCAB, next_token, generate, search = stand_in.VOCAB, stand_in.next_token, stand_in.generate, stand_in.search
 HeldSequences, moves_of = held_sequences.HeldSequences, held_sequences.moves_of
+moves_by_group, blocks_of = held_sequences.moves_by_group, held_sequences.blocks_of
 
 MOVE_ORDER = ("disk_drops", "disk_stores", "swap_outs", "disk_loads", "swap_ins", "copies")
 """The contract's. The mutation script changes it (`KVARTO_MOVE_ORDER`) to see that it matters."""
@@ -74,18 +76,23 @@ class MemoryModelRank:
     a sequence would read a slot that does not hold its own token after its own prefix."""
 
     def __init__(
-        self, block_size: int, num_blocks: int, num_host_blocks: int = 0, rng: random.Random | None = None, *,
-        disk_capacity: int = 0, eos_token_ids: tuple[int, ...] = (), corruption: float = 0.0,
+        self, block_size: int, num_blocks: int | list[int], num_host_blocks: int | list[int] = 0,
+        rng: random.Random | None = None, *, kv_groups: list[KVGroupSpec] | None = None, disk_capacity: int = 0,
+        eos_token_ids: tuple[int, ...] = (), corruption: float = 0.0,
     ) -> None:
-        """`corruption`: how probable it is that a file cannot be loaded, on each of the two ranks."""
+        """Blocks are per KV group, or of every one; `corruption`: how probable it is that a file cannot be loaded, on
+        each of the two ranks."""
         self.block_size = block_size
-        self.device = [[0] * block_size for _ in range(num_blocks + 1)]
-        self.host = [[0] * block_size for _ in range(num_host_blocks + 1)]
-        self.disk: dict[bytes, list[int]] = {}
-        self.held = HeldSequences(block_size)
+        self.held = HeldSequences(block_size, kv_groups)
+        self.kv_groups = self.held.kv_groups
+        num_groups = len(self.kv_groups)
+        self.devices, self.hosts = (
+            [[[0] * block_size for _ in range(count + 1)] for count in _per_group(counts, num_groups)]
+            for counts in (num_blocks, num_host_blocks))
+        self.disks: list[dict[bytes, list[int]]] = [{} for _ in range(num_groups)]
         self.texts: dict[int, _Text] = {}
         self.seen: Counter[str] = Counter()
-        self._contents: dict[bytes, list[int]] = {}
+        self._contents: list[dict[bytes, list[int]]] = [{} for _ in range(num_groups)]
         self._rng = rng or random.Random(0)
         self._disk_capacity = disk_capacity
         self._eos_token_ids = eos_token_ids
@@ -97,18 +104,20 @@ class MemoryModelRank:
     ) -> list[StepResult]:
         """The results, rank 0's first. `failing`: sequences whose logits are not numbers; `corrupt`: keys whose files
         rank 1 cannot load."""
-        moves = moves_of(plan)
-        assert plan.steps or any(getattr(moves, kind) for kind in MOVE_ORDER), "an empty plan"
+        moves = moves_by_group(plan, len(self.kv_groups))
+        assert plan.steps or any(getattr(each, kind) for each in moves for kind in MOVE_ORDER), "an empty plan"
         self._change(plan)
         survivors = self.held.change(plan)
-        self._check_moves(moves, survivors)
-        failed_loads = self._move(moves, corrupt)
+        failed_loads: tuple[list[tuple[int, bytes]], ...] = ([], [])
+        for group, each in enumerate(moves):
+            self._check_moves(group, each, {block for where, block in survivors if where == group})
+            self._move(group, each, failed_loads, corrupt)
         self._grant(plan)
         result = StepResult(epoch=plan.epoch, step_id=plan.step_id, failed_loads=failed_loads[0])
         self._compute(plan, result)
         self._sample(plan, result, failing)
         other = StepResult(epoch=plan.epoch, step_id=plan.step_id, rank=1, failed_loads=failed_loads[1])
-        return [result, other] if moves.disk_loads else [result]
+        return [result, other] if any(each.disk_loads for each in moves) else [result]
 
     # -- sequences -------------------------------------------------------------------------------------------------
 
@@ -132,14 +141,14 @@ class MemoryModelRank:
 
     # -- moves -----------------------------------------------------------------------------------------------------
 
-    def _check_moves(self, moves: BlockMoves, survivors: set[int]) -> None:
+    def _check_moves(self, group: int, moves: BlockMoves, survivors: set[int]) -> None:
         """The rule of `BlockMoves`, word for word, as far as a rank can know it. (Which blocks a plan *releases* it
         cannot: those of an ended sequence may have been free since the last result.)"""
         swap_outs, swap_ins, copies = dict(moves.swap_outs), dict(moves.swap_ins), moves.copies
         to_device = [*(new for _, new in moves.swap_ins), *(new for _, new in copies)]
         to_host = [*(new for _, new in moves.swap_outs), *(new for _, new in moves.disk_loads)]
-        for used, pool in (([*swap_outs, *to_device, *(old for old, _ in copies)], self.device),
-                           ([*swap_ins, *to_host, *(old for old, _ in moves.disk_stores)], self.host)):
+        for used, pool in (([*swap_outs, *to_device, *(old for old, _ in copies)], self.devices[group]),
+                           ([*swap_ins, *to_host, *(old for old, _ in moves.disk_stores)], self.hosts[group])):
             assert all(1 <= block < len(pool) for block in used), "a block id is out of range"
         assert len(set(to_device)) == len(to_device), "a device block is brought two contents"
         assert len(set(to_host)) == len(to_host), "a host block is brought two contents"
@@ -147,43 +156,46 @@ class MemoryModelRank:
         assert not read & set(to_device), "a plan overwrites a device block that it reads"
         assert not swap_ins.keys() & set(to_host), "a plan overwrites a host block that it reads"
 
-    def _move(self, moves: BlockMoves, corrupt: Collection[bytes]) -> tuple[list[tuple[int, bytes]], ...]:
-        """All moves, those of one kind in any order. Returns the loads that failed on each rank."""
-        failed: tuple[list[tuple[int, bytes]], ...] = ([], [])
+    def _move(
+        self, group: int, moves: BlockMoves, failed: tuple[list[tuple[int, bytes]], ...], corrupt: Collection[bytes],
+    ) -> None:
+        """All moves of a KV group, those of one kind in any order. Adds to the loads that failed on each rank."""
+        device, host = self.devices[group], self.hosts[group]
         for kind in self._move_order:
             for move in self._rng.sample(getattr(moves, kind), len(getattr(moves, kind))):
                 self.seen[kind] += 1
                 if kind == "disk_drops":
-                    self.disk.pop(move, None)
+                    self.disks[group].pop(move, None)
                 elif kind == "disk_stores":
-                    self._store(*move)
+                    self._store(group, *move)
                 elif kind == "disk_loads":
-                    self._load(*move, failed, corrupt)
+                    self._load(group, *move, failed, corrupt)
                 else:
-                    source = self.host if kind == "swap_ins" else self.device
-                    target = self.host if kind == "swap_outs" else self.device
+                    source = host if kind == "swap_ins" else device
+                    target = host if kind == "swap_outs" else device
                     target[move[1]] = list(source[move[0]])
-        assert len(self.disk) <= self._disk_capacity, "the disk tier is over its capacity"
-        return failed
+        assert len(self.disks[group]) <= self._disk_capacity, "the disk tier is over its capacity"
 
-    def _store(self, block: int, key: bytes) -> None:
-        contents = list(self.host[block])
+    def _store(self, group: int, block: int, key: bytes) -> None:
+        contents = list(self.hosts[group][block])
         assert all(contents), "a block with an unwritten slot falls to disk"
-        assert self._contents.setdefault(key, contents) == contents, "a key has two contents"
-        self.disk[key] = contents
+        assert self._contents[group].setdefault(key, contents) == contents, "a key has two contents"
+        self.disks[group][key] = contents
 
     def _load(
-        self, key: bytes, block: int, failed: tuple[list[tuple[int, bytes]], ...], corrupt: Collection[bytes]
+        self, group: int, key: bytes, block: int, failed: tuple[list[tuple[int, bytes]], ...],
+        corrupt: Collection[bytes],
     ) -> None:
-        bad = [key not in self.disk or self._rng.random() < self._corruption for _ in failed]
+        disk = self.disks[group]
+        bad = [key not in disk or self._rng.random() < self._corruption for _ in failed]
         bad[1] |= key in corrupt
         for rank, is_bad in enumerate(bad):
             if is_bad:
-                failed[rank].append((0, key))
-        self.host[block] = [0] * self.block_size if any(bad) else list(self.disk[key])
+                failed[rank].append((group, key))
+        self.hosts[group][block] = [0] * self.block_size if any(bad) else list(disk[key])
         if any(bad):
             self.seen["failed_loads"] += 1
-            self.disk.pop(key, None)
+            disk.pop(key, None)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -193,33 +205,49 @@ class MemoryModelRank:
             assert text.params.beam_width or not step.token_ids, "the Head chooses tokens of beams only"
             text.append(step.token_ids)
         for seq_id, blocks in self.held.grant(plan).items():
-            assert all(1 <= block < len(self.device) for block in self.held.tables[seq_id]), "block id out of range"
+            named = blocks | self.held.blocks(seq_id)
+            assert all(1 <= block < len(self.devices[group]) for group, block in named), "block id out of range"
             # What is not computed yet is not there: a stale content that happens to be right must not hide a fault.
-            offset = self.held.computed[seq_id] % self.block_size
-            for block in blocks:
-                self.device[block][offset:] = [0] * (self.block_size - offset)
-                offset = 0
+            first, offset = divmod(self.held.computed[seq_id], self.block_size)
+            for group, block in blocks:
+                kept = offset if block == self.held.tables[seq_id][group][first] else 0
+                self.devices[group][block][kept:] = [0] * (self.block_size - kept)
 
     def _compute(self, plan: StepPlan, result: StepResult) -> None:
         """All writes come before all reads: each layer writes the keys and values of the batch, then attends."""
         size = self.block_size
         for step in plan.steps:
-            text, table = self.texts[step.seq_id], self.held.tables[step.seq_id]
+            text = self.texts[step.seq_id]
             begin = self.held.computed[step.seq_id]
             end = begin + step.num_tokens
             assert end <= len(text.tokens), "a token is computed that nobody knows"
-            for position in range(begin, end):
-                self.device[table[position // size]][position % size] = text.chain[position]
+            for group, table in enumerate(self.held.tables[step.seq_id]):
+                for position in range(begin, end):
+                    self.devices[group][table[position // size]][position % size] = text.chain[position] + group
             if text.scored and (known := text.tokens[begin + 1: min(end + 1, text.num_prompt_tokens)]):
                 result.prompt_logprobs.append(PromptLogprobs(
                     seq_id=step.seq_id, first=begin + 1, positions=[_logprobs(token) for token in known]))
         for step in plan.steps:
-            text, table = self.texts[step.seq_id], self.held.tables[step.seq_id]
-            end = self.held.computed[step.seq_id] + step.num_tokens
-            for first in range(0, end, size):
-                stop = min(first + size, end)
-                assert self.device[table[first // size]][: stop - first] == text.chain[first: stop], (
-                    f"sequence {step.seq_id} reads what is not its own in positions {first} to {stop}")
+            begin = self.held.computed[step.seq_id]
+            end = begin + step.num_tokens
+            for group, spec in enumerate(self.kv_groups):
+                # What the first query sees, what the last one sees and all between.
+                seen_from = held_sequences.first_seen(spec, begin)
+                self._check_read(step.seq_id, group, 0, min(spec.num_sinks, seen_from))
+                self._check_read(step.seq_id, group, seen_from, end)
+
+    def _check_read(self, seq_id: int, group: int, begin: int, end: int) -> None:
+        """The positions from `begin` to `end` hold what the sequence has put there, or somebody with its prefix."""
+        size, device, table = self.block_size, self.devices[group], self.held.tables[seq_id][group]
+        chain = self.texts[seq_id].chain
+        while begin < end:
+            stop = min((begin // size + 1) * size, end)
+            wanted = chain[begin: stop]
+            if group:
+                wanted = [number + group for number in wanted]
+            assert device[table[begin // size]][begin % size: begin % size + stop - begin] == wanted, (
+                f"sequence {seq_id} reads what is not its own in positions {begin} to {stop} of KV group {group}")
+            begin = stop
 
     def _sample(self, plan: StepPlan, result: StepResult, failing: Collection[int]) -> None:
         self.held.finish(plan)
@@ -252,6 +280,10 @@ class MemoryModelRank:
                 result.tokens.append(SampledToken(
                     seq_id=seq_id, token_id=token,
                     logprobs=None if text.params.logprobs is None else _logprobs(token)))
+
+
+def _per_group(counts: int | list[int], num_groups: int) -> list[int]:
+    return [counts] * num_groups if isinstance(counts, int) else counts
 
 
 def _logprobs(token: int) -> TokenLogprobs:

@@ -32,20 +32,24 @@ def moves_of(plan):
 
 
 class World:
-    """Blocks of 8 tokens. `space` options are `BlockSpace`'s, `options` the scheduler's. The block space is checked
-    after everything that is done to it, and the ranks check every slot that a sequence reads."""
+    """Blocks of 8 tokens, so many of every KV group or a list of numbers. `space` options are `BlockSpace`'s, `options`
+    the scheduler's. The block space is checked after everything that is done to it, and the ranks check every slot that
+    a sequence reads."""
 
     def __init__(self, num_blocks=100, budget=64, max_num_seqs=8, *, num_host_blocks=0, caching=False, space=None,
-                 **options):
-        space = space or {}
+                 kv_groups=None, **options):
+        space, kv_groups = space or {}, kv_groups or [KVGroupSpec(layer_ids=(0,))]
+        num_blocks, num_host_blocks = (
+            count if isinstance(count, list) else [count] * len(kv_groups) for count in (num_blocks, num_host_blocks))
         self.space = BlockSpace(
-            [KVGroupSpec(layer_ids=(0,))], [num_blocks], BLOCK_SIZE, num_host_blocks=[num_host_blocks],
+            kv_groups, num_blocks, BLOCK_SIZE, num_host_blocks=num_host_blocks,
             enable_prefix_caching=caching, hash_key=b"k" * 16, **space)
         self.scheduler = Scheduler(
             self.space, SchedulerLimits(max_num_seqs, budget), epoch=1, eos_token_ids=frozenset({EOS}), num_ranks=2,
             **options)
         self.rank = memory_model.MemoryModelRank(
-            BLOCK_SIZE, num_blocks, num_host_blocks, disk_capacity=space.get("disk_capacity", 0), eos_token_ids=(EOS,))
+            BLOCK_SIZE, num_blocks, num_host_blocks, kv_groups=kv_groups, disk_capacity=space.get("disk_capacity", 0),
+            eos_token_ids=(EOS,))
         self.in_flight, self.plans, self.deltas = deque(), [], []
         self.groups, self.names, self.computed = {}, {}, Counter()
 

@@ -6,13 +6,14 @@ import pytest
 
 from kvarto.cluster.admission import MAX_CACHE_SALT, check, check_cache_salt
 from kvarto.protos.errors import InvalidRequestError, PromptTooLongError
-from kvarto.protos.request import EngineInfo
+from kvarto.protos.request import EngineInfo, KVPool
 from kvarto.protos.sampling import SamplingParams
 
 
 def info(**changes):
     fields = dict(epoch=1, max_model_len=100, vocab_size=200, max_num_seqs=4, kv_capacity_tokens=80, block_size=8,
-                  num_blocks=10, num_host_blocks=0, kernels="", dtype="", tp_size=1, num_groups=1)
+                  max_num_batched_tokens=40, kv_pools=[KVPool(num_blocks=10)], num_host_blocks=0, kernels="", dtype="",
+                  kv_cache_dtype="", tp_size=1, num_groups=1)
     return EngineInfo(**(fields | changes))
 
 
@@ -80,11 +81,12 @@ def test_a_prompt_that_fills_the_pool_is_refused():
 
 
 def test_a_prompt_that_fills_the_models_length_is_refused():
-    assert "max_model_len is 100" in refused(PromptTooLongError, num_prompt=100, of=info(num_blocks=99)).message
+    error = refused(PromptTooLongError, num_prompt=100, of=info(kv_pools=[KVPool(num_blocks=99)]))
+    assert "max_model_len is 100" in error.message
 
 
 def test_output_past_the_models_length_is_refused_with_what_would_fit():
-    error = refused(PromptTooLongError, num_prompt=60, max_tokens=41, of=info(num_blocks=99))
+    error = refused(PromptTooLongError, num_prompt=60, max_tokens=41, of=info(kv_pools=[KVPool(num_blocks=99)]))
     assert "at most 40" in error.message
 
 
@@ -93,7 +95,7 @@ def test_a_default_is_clamped_to_the_pool():
 
 
 def test_a_default_is_clamped_to_the_models_length():
-    assert admit(10, max_tokens=None, of=info(num_blocks=99)) == 90
+    assert admit(10, max_tokens=None, of=info(kv_pools=[KVPool(num_blocks=99)])) == 90
 
 
 @pytest.mark.parametrize("params", [{"n": 3}, {"n": 2, "best_of": 3}, {"n": 2, "beam_width": 3}])
@@ -145,3 +147,36 @@ def test_what_is_no_such_text_is_refused_as_a_salt(salt):
     with pytest.raises(InvalidRequestError) as caught:
         check_cache_salt(salt)
     assert caught.value.param == "cache_salt"
+
+
+# -- pools with a window ---------------------------------------------------------------------------------------------
+
+
+def pools(*kv_pools, max_model_len=1000, **changes):
+    return info(kv_pools=list(kv_pools), max_model_len=max_model_len, **changes)
+
+
+def sliding(num_blocks, window=20, num_sinks=0):
+    return KVPool(num_blocks=num_blocks, window=window, num_sinks=num_sinks)
+
+
+@pytest.mark.parametrize(
+    ("window", "num_sinks", "enough"), [(20, 0, 10), (20, 3, 11), (8, 0, 8), (9, 0, 9), (20, 9, 12)])
+def test_a_pool_with_room_for_window_sinks_and_chunk_bounds_no_length(window, num_sinks, enough):
+    """A chunk of 40 tokens takes 5 blocks, and 2 more are for what begins and ends within a block."""
+    assert admit(max_tokens=None, of=pools(sliding(enough, window, num_sinks))) == 996
+    assert admit(max_tokens=None, of=pools(sliding(enough - 1, window, num_sinks))) == (enough - 1) * 8 - 4
+
+
+@pytest.mark.parametrize("params", [{"n": 3}, {"n": 2, "best_of": 3}, {"n": 2, "beam_width": 3}])
+def test_every_sequence_of_a_group_has_a_window_of_its_own(params):
+    assert admit(max_tokens=None, of=pools(sliding(3 * 5 + 5)), **params) == 996
+    assert admit(max_tokens=None, of=pools(sliding(3 * 5 + 4)), **params) == 6 * 8 - 4
+
+
+def test_the_tightest_pool_decides():
+    of = pools(KVPool(num_blocks=50), sliding(10))
+    assert admit(max_tokens=396, of=of) == 396
+    error = refused(PromptTooLongError, max_tokens=397, of=of)
+    assert (error.param, "at most 396" in error.message) == ("max_tokens", True)
+    assert admit(max_tokens=None, of=pools(KVPool(num_blocks=50), sliding(9))) == 68

@@ -127,7 +127,7 @@ def test_copies_that_writing_will_take_are_foretold(writers, missing):
     space = make(9)
     parent = held(space, 1, 5)
     members = [parent, *forked(space, parent, 2, 3)]
-    assert space.num_missing([(blocks, 6) for blocks in members if blocks.seq_id in writers]) == missing
+    assert space.num_missing([(blocks, 6) for blocks in members if blocks.seq_id in writers]) == [missing]
     before = space.num_used
     for blocks in members:
         if blocks.seq_id in writers:
@@ -255,7 +255,7 @@ def test_only_what_could_be_given_out_otherwise_counts_as_taken(state, taken):
     blocks = offered(space, 1, 16)
     if state != "used":
         space.free(blocks, busy_until=5 if state == "releasing" else -1)
-    assert space.num_to_take(space.match(space.open(77, root=ROOT), TOKENS)) == taken
+    assert space.num_to_take(space.match(space.open(77, root=ROOT), TOKENS)) == [taken]
 
 
 def test_blocks_that_others_still_hold_keep_their_keys_when_one_is_disowned():

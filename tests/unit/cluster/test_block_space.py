@@ -48,29 +48,29 @@ def count(space, state):
 @pytest.mark.parametrize(("num_blocks", "answer"), [
     (0, Answer.OK), (1, Answer.OK), (4, Answer.OK), (5, Answer.NEVER)])
 def test_an_empty_pool_of_four_blocks_holds_four(num_blocks, answer):
-    assert make(4).answer(num_blocks) is answer
+    assert make(4).answer([num_blocks]) is answer
 
 
 def test_what_fits_only_an_empty_pool_must_wait():
     space = make(4)
     held(space, 1, 1)
-    assert space.answer(4) is Answer.LATER
+    assert space.answer([4]) is Answer.LATER
 
 
 def test_the_tightest_kv_group_decides():
-    assert make(9, 4).answer(5) is Answer.NEVER
+    assert make(9, 4).answer([5, 5]) is Answer.NEVER
 
 
 def test_releasing_blocks_are_not_free():
     space = make(4)
     space.free(held(space, 1, 32), busy_until=7)
-    assert space.answer(1) is Answer.LATER
+    assert space.answer([1]) is Answer.LATER
 
 
 def test_releasing_blocks_count_where_it_is_asked_what_will_be():
     space = make(4)
     space.free(held(space, 1, 32), busy_until=7)
-    assert space.answer(4, count_releasing=True) is Answer.OK
+    assert space.answer([4], count_releasing=True) is Answer.OK
 
 
 @pytest.mark.parametrize(("step_id", "num_free"), [(6, 0), (7, 4)])
@@ -86,7 +86,7 @@ def test_cached_blocks_can_be_had():
     blocks = held(space, 1, 32, ROOT)
     space.offer(blocks, list(range(32)))
     space.free(blocks, busy_until=-1)
-    assert (count(space, State.CACHED), space.answer(4)) == (4, Answer.OK)
+    assert (count(space, State.CACHED), space.answer([4])) == (4, Answer.OK)
 
 
 def test_capacity_is_what_one_sequence_alone_could_hold():
@@ -134,7 +134,7 @@ def test_filling_a_block_in_place_is_counted():
 @pytest.mark.parametrize(("num_tokens", "missing"), [(9, 0), (16, 0), (17, 1), (33, 3)])
 def test_missing_blocks_are_those_beyond_the_table(num_tokens, missing):
     space = make(9)
-    assert space.num_missing([(held(space, 1, 9), num_tokens)]) == missing
+    assert space.num_missing([(held(space, 1, 9), num_tokens)]) == [missing]
 
 
 # -- freeing and counting --------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def test_null_means_left_out(client):
 
 def test_a_long_prompt_is_tokenized_like_a_short_one(client, frontend):
     frontend.info = fake.EngineInfo(**{f: getattr(frontend.info, f) for f in frontend.info.__struct_fields__} | {
-        "max_model_len": 50_000, "num_blocks": 4000})
+        "max_model_len": 50_000, "kv_pools": [fake.KVPool(num_blocks=4000)]})
     assert complete(client, "x" * 20_000, max_tokens=1).usage.prompt_tokens == 20_001
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvarto.protos.model import KVGroupSpec
 from kvarto.protos.sampling import SamplingParams
 from kvarto.protos.step import BlockMoves, SequenceFork, SequenceStart, SequenceStep, StepPlan
 
@@ -174,3 +175,64 @@ def test_prompt_logprobs_come_chunk_by_chunk():
                   plan(step(num_tokens=2, blocks=[2]))):
         found += [entry.token_id for part in ranks.execute(chunk)[0].prompt_logprobs for entry in part.positions]
     assert found == PROMPT[1:]
+
+
+# -- KV groups and windows -------------------------------------------------------------------------------------------
+
+
+def windowed(*, num_sinks=0):
+    """A group without a window and one that sees 4 tokens, a block's worth."""
+    return rank(kv_groups=[KVGroupSpec(layer_ids=(0,)), KVGroupSpec(layer_ids=(1,), window=4, num_sinks=num_sinks)])
+
+
+def long_step(blocks, *, seq_id=0, num_tokens):
+    return SequenceStep(seq_id=seq_id, num_tokens=num_tokens, new_block_ids=blocks)
+
+
+LONG = [10 + index % 30 for index in range(13)]
+"""Three blocks and a token: the query at 12 sees 9 .. 12."""
+
+
+def test_the_pools_of_two_kv_groups_number_their_blocks_apart():
+    windowed().execute(plan(long_step([[1, 2, 3, 4], [4, 3, 2, 1]], num_tokens=13), starts=[start(tokens=LONG)]))
+
+
+@pytest.mark.parametrize(("num_sinks", "table", "is_right"), [
+    (0, [0, 0, 2], True), (0, [0, 0, 0], False), (0, [5, 5, 2], True), (0, [4, 3, 0], False),
+    (1, [0, 0, 2], False), (1, [4, 0, 2], True), (5, [4, 0, 2], False), (5, [4, 3, 2], True)])
+def test_what_a_query_sees_must_be_there_and_nothing_else(num_sinks, table, is_right):
+    ranks = windowed(num_sinks=num_sinks)
+    ranks.execute(plan(long_step([[1, 2, 3], [4, 3, 2]], num_tokens=12), starts=[start(tokens=LONG[:12])]))
+    other = plan(long_step([[1, 2, 3, 7], [*table, 7]], seq_id=1, num_tokens=1),
+                 starts=[start(1, tokens=LONG, computed=12)])
+    if is_right:
+        ranks.execute(other)
+    else:
+        with pytest.raises(AssertionError, match=r"reads what is not its own .* of KV group 1"):
+            ranks.execute(other)
+
+
+def test_contents_of_another_kv_group_are_not_its_own():
+    ranks = windowed()
+    ranks.execute(plan(long_step([[1, 2, 3], [4, 3, 2]], num_tokens=12), starts=[start(tokens=LONG[:12])]))
+    ranks.devices[1][2] = list(ranks.devices[0][3])
+    with pytest.raises(AssertionError, match="KV group 1"):
+        ranks.execute(plan(long_step([[1, 2, 3, 7], [0, 0, 2, 7]], seq_id=1, num_tokens=1),
+                           starts=[start(1, tokens=LONG, computed=12)]))
+
+
+def test_the_beginning_of_a_chunk_sees_further_back_than_its_end():
+    ranks = windowed()
+    ranks.execute(plan(long_step([[1, 2], [4, 3]], num_tokens=8), starts=[start(tokens=LONG[:8])]))
+    with pytest.raises(AssertionError, match="positions 5 to 8 of KV group 1"):
+        ranks.execute(plan(long_step([[1, 2, 5, 6], [0, 0, 5, 6]], seq_id=1, num_tokens=5),
+                           starts=[start(1, tokens=LONG, computed=8)]))
+
+
+def test_a_block_behind_the_window_may_be_written_by_others():
+    ranks = windowed()
+    ranks.execute(plan(long_step([[1, 2, 3], [4, 3, 2]], num_tokens=12), starts=[start(tokens=LONG[:12])]))
+    ranks.execute(plan(long_step([[5], [4]], seq_id=1, num_tokens=4), long_step([[6], [1]], num_tokens=1),
+                       starts=[start(1, tokens=LONG)]))
+    with pytest.raises(AssertionError, match="which sequence 0 holds too"):
+        ranks.execute(plan(long_step([[7], [2]], seq_id=2, num_tokens=4), starts=[start(2, tokens=LONG)]))

@@ -11,7 +11,7 @@ from kvarto.cluster.resolve import costs, resolve
 from kvarto.protos.config import EngineConfig
 from kvarto.protos.errors import ConfigError
 from kvarto.protos.model import KVGroupSpec, ModelConfig
-from kvarto.protos.request import AddRequest
+from kvarto.protos.request import AddRequest, KVPool
 from kvarto.protos.sampling import SamplingParams
 from kvarto.protos.step import RankCosts, RankReady
 
@@ -106,7 +106,12 @@ def info(**config):
 
 
 def test_frontends_are_told_what_the_pool_holds():
-    assert (info().num_blocks, info().num_host_blocks, info().kv_capacity_tokens) == (50, 20, 800)
+    assert (info().kv_pools, info().num_host_blocks, info().kv_capacity_tokens) == ([KVPool(num_blocks=50)], 20, 800)
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "told"), [("auto", "float32"), ("int8", "int8")])
+def test_frontends_are_told_the_dtype_of_the_cache(kv_cache_dtype, told):
+    assert info(kv_cache_dtype=kv_cache_dtype, dtype="float32").kv_cache_dtype == told
 
 
 def test_frontends_are_told_how_many_sequences_a_step_really_holds():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from collections import Counter, deque
+from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -25,16 +25,23 @@ from kvarto.cluster.policies import Costs
 from kvarto.cluster.scheduler import Scheduler, SchedulerLimits
 from kvarto.protos.errors import InvalidRequestError
 from kvarto.protos.model import KVGroupSpec
-from kvarto.protos.request import AddRequest, EngineInfo
+from kvarto.protos.request import AddRequest, EngineInfo, KVPool
 from kvarto.protos.sampling import SamplingParams
 from kvarto.protos.step import StepPlan
 
-_spec = importlib.util.spec_from_file_location("memory_model", Path(__file__).with_name("memory_model.py"))
-assert _spec and _spec.loader
-memory_model = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(memory_model)
 
-EOS = 3
+def _sibling(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+memory_model, expected_request, plan_in_flight = map(_sibling, ("memory_model", "expected_request", "plan_in_flight"))
+Expected, REACHED, EOS = expected_request.Expected, expected_request.REACHED, expected_request.EOS
+PlanInFlight = plan_in_flight.PlanInFlight
+
 OWNER = b"frontend"
 MAX_MODEL_LEN = 100
 STEPS = 60
@@ -48,22 +55,44 @@ BASES = [COUNTING, COUNTING[:24] + COUNTING[10:34], [9] * 16 + COUNTING[16:], [7
 """Prompts begin like one of these: with common prefixes, with equal blocks after different prefixes, and with blocks
 that repeat."""
 
-REACHED: Counter[str] = Counter()
-"""What the machine has done in this process: a machine that never swaps proves nothing about swapping."""
+FULL = KVGroupSpec(layer_ids=(0,))
 
 
-def make_scheduler(config, stored_keys):
+def make_scheduler(config, stored_keys, orphaned_keys):
     """The real thing, from the machine's configuration: the only place that knows the constructors. `stored_keys`: what
-    the disk tier holds from before."""
+    the disk tier holds from before, `orphaned_keys`: what it holds for some KV groups only."""
     space = BlockSpace(
-        [KVGroupSpec(layer_ids=(0,))], [config["num_blocks"]], config["block_size"],
-        num_host_blocks=[config["num_host_blocks"]], enable_prefix_caching=config["caching"], hash_key=b"k" * 16,
-        eviction_policy=config["eviction"], disk_capacity=config["disk_capacity"], stored_keys=stored_keys)
+        config["kv_groups"], config["num_blocks"], config["block_size"], num_host_blocks=config["num_host_blocks"],
+        enable_prefix_caching=config["caching"], hash_key=b"k" * 16, eviction_policy=config["eviction"],
+        disk_capacity=config["disk_capacity"], stored_keys=stored_keys, orphaned_keys=orphaned_keys)
     scheduler = Scheduler(
         space, SchedulerLimits(config["max_num_seqs"], config["budget"]), epoch=7, eos_token_ids=frozenset({EOS}),
         num_ranks=2, preemption_mode=config["mode"], victim_policy=config["victim"],
         watermark_policy=config["watermark"], costs=config["costs"])
     return space, scheduler
+
+
+def _add_pools(config):
+    """The KV groups, and how many blocks each has: the pool of a window may be just large enough for `num_seats`."""
+    window = KVGroupSpec(layer_ids=(1,), window=config.pop("window"), num_sinks=config.pop("num_sinks"))
+    other = KVGroupSpec(layer_ids=(2,), window=2 * window.window + 3)
+    # Where no query of any layer sees a token before its own, every prompt would begin with a hit on nothing.
+    alone = window if window.window > 1 else other
+    groups = config["kv_groups"] = {"full": [FULL], "full and window": [FULL, window], "window": [alone],
+                                    "two windows": [window, other]}[config.pop("layout")]
+    num_seats, num_blocks, num_host_blocks = (config[key] for key in ("num_seats", "num_blocks", "num_host_blocks"))
+    config["num_blocks"] = [
+        num_blocks if group is FULL or not num_seats else enough_blocks(group, config, num_seats) for group in groups]
+    config["num_host_blocks"] = [
+        num_host_blocks if group is FULL or not num_seats else (num_host_blocks + 1) // 2 for group in groups]
+
+
+def enough_blocks(group, config, num_seqs):
+    """What a pool never needs more than, by what `KVGroupSpec` says of its window."""
+    if group.window is None:
+        return 10**9
+    size = config["block_size"]
+    return num_seqs * (-(-group.window // size) + -(-group.num_sinks // size) + 2) + -(-config["budget"] // size)
 
 
 def num_used(space):
@@ -79,146 +108,6 @@ def give(scheduler, result):
     return scheduler.update(result)
 
 
-def common_length(one, other):
-    """How many tokens both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-class Expected:
-    """One request: what it must come to, and what has come of it."""
-
-    def __init__(self, prompt, params, priority, salt, produced):
-        self.prompt, self.params, self.priority, self.salt = prompt, params, priority, salt
-        if params.beam_width:
-            self.beams = memory_model.search(prompt, params, params.max_tokens, EOS)[: params.n]
-            self.outputs = [list(beam.token_ids) for beam in self.beams]
-        else:
-            self.beams = None
-            self.outputs = [
-                memory_model.generate(
-                    prompt, params.max_tokens, EOS, index, params.min_tokens, params.ignore_eos)
-                for index in range(params.num_sequences)]
-        self.produced = [
-            output[: min(count, len(output) - 1)] for output, count in zip(self.outputs, produced, strict=False)]
-        self.got = [list(tokens) for tokens in self.produced] or [[] for _ in self.outputs]
-        self.num_deltas = [0] * len(self.outputs)
-        self.scored = False
-        self.ended: set[int] = set()
-        self.cancelled: set[int] = set()
-        self.failed = False
-        self.must_hit = 0
-        """Tokens that must be found in the prefix cache as long as nothing was evicted."""
-
-    def hand_over(self):
-        """It begins again in a new Head, with the tokens that have come."""
-        self.produced = [list(tokens) for tokens in self.got] if any(self.got) else []
-        self.num_deltas = [0] * len(self.outputs)
-        self.must_hit = 0
-
-    @property
-    def over(self):
-        return self.failed or self.ended | self.cancelled >= set(range(len(self.outputs)))
-
-    def take(self, delta, block_size, caching):
-        """Check one delta against all that came before."""
-        index, first = delta.seq_index, not self.num_deltas[delta.seq_index]
-        assert not self.failed, "a delta after the error"
-        assert index not in self.cancelled, "a delta of a cancelled sequence"
-        assert index not in self.ended, "a delta after the last"
-        assert delta.first == len(self.got[index]), "tokens are lost or repeated"
-        assert delta.token_ids, "a delta without news"
-        assert len(delta.logprobs) in (0, len(delta.token_ids))
-        assert bool(delta.logprobs) or self.params.logprobs is None
-        self.num_deltas[index] += 1
-        self.got[index].extend(delta.token_ids)
-        assert self.got[index] == self.outputs[index][: len(self.got[index])], "not the tokens that it has alone"
-        complete = len(self.got[index]) == len(self.outputs[index])
-        assert bool(delta.finish_reason) == complete, "ends too early or too late"
-        if complete:
-            self.ended.add(index)
-        self._check_beam(delta)
-        self._check_cached(delta, first, block_size, caching)
-        if delta.prompt_logprobs:
-            assert not self.scored, "prompt_logprobs are sent twice"
-            assert [entry.token_id for entry in delta.prompt_logprobs] == self.prompt[1:]
-            self.scored = True
-        if self.params.prompt_logprobs is not None:
-            assert self.scored or len(self.prompt) == 1, "tokens come before the prompt_logprobs"
-
-    def _check_beam(self, delta):
-        if self.beams is None:
-            assert delta.cumulative_logprob is None and delta.beam_score is None
-            last = self.outputs[delta.seq_index][-1]
-            ends_by_length = last != EOS or self.params.ignore_eos or len(self.outputs[delta.seq_index]) < \
-                self.params.min_tokens
-            assert delta.finish_reason in (None, "length" if ends_by_length else "stop")
-            return
-        beam = self.beams[delta.seq_index]
-        assert delta.first == 0 and delta.token_ids == list(beam.token_ids), "a beam comes whole"
-        assert delta.cumulative_logprob == pytest.approx(beam.cumulative_logprob)
-        assert delta.beam_score == pytest.approx(beam.score)
-        assert (delta.finish_reason, delta.stop_reason) == (beam.finish_reason, beam.stop_reason)
-
-    def check_hits(self, delta, others, block_size):
-        """Nothing is found that no other request of the same salt can have left there."""
-        if not self.produced and not self.num_deltas[delta.seq_index] and delta.num_cached_tokens:
-            tokens = [other.prompt + output for other in others if other.salt == self.salt for output in other.outputs]
-            most = max((common_length(self.prompt, text) for text in tokens), default=0)
-            assert delta.num_cached_tokens <= most // block_size * block_size, "a hit on what nobody has computed"
-
-    def _check_cached(self, delta, first, block_size, caching):
-        cached = delta.num_cached_tokens
-        assert cached == 0 or first, "num_cached_tokens belongs to the first delta"
-        assert cached >= 0
-        if not caching or self.params.prompt_logprobs is not None:
-            assert cached == 0, "a prefix was found where none may be used"
-        if not self.produced:
-            assert cached % block_size == 0 and cached < len(self.prompt)
-        if first and cached:
-            REACHED["cached"] += 1
-        if first and delta.seq_index == 0:
-            assert cached >= self.must_hit, "a prefix that must be cached was not found"
-            REACHED["follow_ups_hit"] += self.must_hit > 0
-
-
-class PlanInFlight:
-    """A plan, and the blocks that it names."""
-
-    def __init__(self, plan, held):
-        self.plan = plan
-        moves = memory_model.moves_of(plan)
-        self.emptied = {old for old, _ in moves.swap_outs}
-        self.emptied_host = {block for block, _ in moves.disk_stores}
-        self.to_host = {new for _, new in moves.swap_outs} | {new for _, new in moves.disk_loads}
-        to_device = {new for _, new in moves.swap_ins} | {new for _, new in moves.copies}
-        self.most_held = len(held.tables) + len(plan.forks)
-        before = {seq_id: set(table) for seq_id, table in held.tables.items()}
-        self.survivors = held.change(plan)
-        writes = held.grant(plan)
-        self.written = to_device.union(*writes.values()) if writes else to_device
-        gained = [set(blocks) - before.get(seq_id, set()) for seq_id, blocks in writes.items()]
-        self.gained = to_device.union(*gained) if gained else to_device
-        self.named = self.emptied | {old for old, _ in moves.copies} | to_device
-        for step in plan.steps:
-            self.named |= set(held.tables[step.seq_id])
-        self.named_host = self.to_host | self.emptied_host | {old for old, _ in moves.swap_ins}
-        self.filled = {
-            block for seq_id, blocks in writes.items() for block in self._whole(held, plan, seq_id) if block in blocks}
-        held.finish(plan)
-        self.most_held = max(self.most_held, len(held.tables))
-
-    @staticmethod
-    def _whole(held, plan, seq_id):
-        num_tokens = next(step.num_tokens for step in plan.steps if step.seq_id == seq_id)
-        return held.tables[seq_id][: (held.computed[seq_id] + num_tokens) // held.block_size]
-
-    def check_against(self, earlier):
-        """What an earlier plan in flight names and nobody owns any more is left alone."""
-        orphaned = earlier.named - self.survivors
-        assert not self.written & orphaned - self.emptied, "writes a block of a plan in flight"
-        assert not self.to_host & earlier.named_host - self.emptied_host, "writes a host block of a plan in flight"
-
-
 class SchedulerMachine(RuleBasedStateMachine):
     """Every request's tokens are those it would have had alone; every step leaves the block space whole."""
 
@@ -232,7 +121,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         disk_capacity=st.sampled_from([3, 0, 12]), eviction=st.sampled_from(["lru", "retention"]),
         mode=st.sampled_from(["auto", "swap", "recompute"]), victim=st.sampled_from(["latest", "least_computed"]),
         watermark=st.sampled_from(["one_percent", "none"]), block_copy_s=st.sampled_from([1e-6, 3e-3, 1.0]),
-        corruption=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 2**16), pressure=st.booleans())
+        corruption=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 2**16), pressure=st.booleans(),
+        layout=st.sampled_from(["full", "full and window", "window", "full", "two windows"]),
+        window=st.sampled_from([8, 20, 5, 12, 1, 33, 2]), num_sinks=st.sampled_from([0, 1, 3]),
+        num_seats=st.sampled_from([1, 2, 0]))
     def start(self, seed, depth, block_copy_s, pressure, **config):
         if pressure:
             # Blocks are what is short: neither seats nor budget, and results are late.
@@ -241,17 +133,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             config["disk_capacity"] = 0
         if not config["num_host_blocks"] and config["mode"] == "swap":
             config["mode"] = "auto"
+        _add_pools(config)
         self.config = config | {"costs": Costs(block_copy_s=block_copy_s, prefill_token_s=1e-3)}
         self.block_size, self.caching, self.depth = config["block_size"], config["caching"], depth
-        num_blocks = config["num_blocks"]
+        pools = [KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks)
+                 for count, group in zip(config["num_blocks"], config["kv_groups"], strict=True)]
         self.info = EngineInfo(
             epoch=7, max_model_len=MAX_MODEL_LEN, vocab_size=memory_model.VOCAB, max_num_seqs=config["max_num_seqs"],
-            block_size=self.block_size, kv_capacity_tokens=num_blocks * self.block_size, num_blocks=num_blocks,
-            num_host_blocks=config["num_host_blocks"], kernels="", dtype="", tp_size=1, num_groups=1)
+            block_size=self.block_size, kv_capacity_tokens=max(config["num_blocks"]) * self.block_size,
+            max_num_batched_tokens=config["budget"], kv_pools=pools, num_host_blocks=min(config["num_host_blocks"]),
+            kernels="", dtype="", kv_cache_dtype="", tp_size=1, num_groups=1)
         self.rng = random.Random(seed)
         self.requests: dict[str, Expected] = {}
         self.num_restarts = 0
-        self._start_all({})
+        self._start_all([{} for _ in pools])
 
     # -- rules -------------------------------------------------------------------------------------------------------
 
@@ -310,7 +205,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_restarts += 1
         REACHED.update(self.rank.seen)
         REACHED["restarts"] += 1
-        self._start_all(self.rank.disk)
+        self._start_all(self.rank.disks)
         for request_id, request in self.requests.items():
             if not request.over:
                 request.hand_over()
@@ -331,6 +226,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         for earlier in self.in_flight:
             flight.check_against(earlier)
         self._watch_evictions(flight)
+        begun = [blocks for blocks in self.space.live.values() if any(blocks.num_behind)]
+        REACHED["behind"] += bool(begun)
+        REACHED["hits_behind"] += any(
+            table and 0 in table[: start.num_computed_tokens // self.block_size]
+            for start in plan.starts for table in self.held.tables[start.seq_id])
         self.in_flight.append(flight)
 
     @precondition(lambda self: self.in_flight)
@@ -399,7 +299,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_tokens = check(prompt, params, self.info)
         except InvalidRequestError:
             blocks = -(-(len(prompt) + params.max_tokens) // self.block_size)
-            fits = params.num_sequences * blocks <= self.info.num_blocks
+            fits = all(pool.num_blocks >= min(
+                params.num_sequences * blocks, enough_blocks(pool, self.config, params.num_sequences))
+                for pool in self.info.kv_pools)
             assert (
                 not fits or params.num_sequences > self.info.max_num_seqs
                 or len(prompt) + params.max_tokens > MAX_MODEL_LEN), "a request that fits is refused"
@@ -419,18 +321,21 @@ class SchedulerMachine(RuleBasedStateMachine):
                 ended_indices=[] if request.beams is not None else sorted(request.ended | request.cancelled)),
             OWNER, request.params.max_tokens)
 
-    def _start_all(self, disk):
+    def _start_all(self, disks):
         """A Head and its ranks, with nothing but the files of those before."""
         config = self.config
-        self.space, self.scheduler = make_scheduler(config, list(disk))
+        everywhere = set.intersection(*map(set, disks))
+        self.space, self.scheduler = make_scheduler(
+            config, [key for key in disks[0] if key in everywhere], sorted(set().union(*disks) - everywhere))
         self.rank = memory_model.MemoryModelRank(
             self.block_size, config["num_blocks"], config["num_host_blocks"], self.rng,
-            disk_capacity=config["disk_capacity"], eos_token_ids=(EOS,), corruption=config["corruption"])
-        self.rank.disk = dict(disk)
-        self.held = memory_model.HeldSequences(self.block_size)
+            kv_groups=config["kv_groups"], disk_capacity=config["disk_capacity"], eos_token_ids=(EOS,),
+            corruption=config["corruption"])
+        self.rank.disks = [dict(disk) for disk in disks]
+        self.held = memory_model.HeldSequences(self.block_size, config["kv_groups"])
         self.in_flight: deque[PlanInFlight] = deque()
         self.late: deque = deque()
-        self.full: set[int] = set()
+        self.full: set[tuple[int, int]] = set()
         self.may_have_evicted = self.num_restarts > 0
         self.started: set[int] = set()
         self.num_failures = 0
@@ -461,7 +366,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Whether a cached block may be gone: one that was full was taken, or a sequence was preempted."""
         starts = {start.seq_id for start in flight.plan.starts}
         self.may_have_evicted |= bool(
-            self.full & flight.gained or starts & self.started or memory_model.moves_of(flight.plan).swap_outs)
+            self.full & flight.gained or starts & self.started or flight.swaps_out)
         self.full = (self.full - flight.gained) | flight.filled
         self.started |= starts
 
@@ -481,5 +386,6 @@ def test_the_machine_has_been_everywhere():
     if REACHED["steps"] < 10_000:
         pytest.skip("the machine has not run in this process, or was told to run little")
     for what in ("swap_outs", "swap_ins", "copies", "disk_stores", "disk_loads", "disk_drops", "failed_loads", "late",
-                 "forks", "siblings", "hits", "cached", "follow_ups_hit", "errors", "restarts"):
+                 "forks", "siblings", "hits", "cached", "follow_ups_hit", "errors", "restarts", "behind",
+                 "hits_behind"):
         assert REACHED[what], f"{what}: never in {REACHED['steps']} steps"

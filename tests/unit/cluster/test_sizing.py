@@ -19,9 +19,9 @@ from kvarto.protos.step import RankCosts, RankReady
 BLOCK = 1000
 
 
-def rank(number=0, *, available=100 * BLOCK, host=100 * BLOCK, node="a", block=(BLOCK,)):
+def rank(number=0, *, available=100 * BLOCK, host=100 * BLOCK, node="a", block=(BLOCK,), groups=None):
     return RankReady(
-        rank=number, kv_groups=[KVGroupSpec(layer_ids=(0,))] * len(block), block_bytes=list(block),
+        rank=number, kv_groups=groups or [KVGroupSpec(layer_ids=(0,))] * len(block), block_bytes=list(block),
         available_bytes=available, available_host_bytes=host, kernels="", node=node, pid=1,
         costs=RankCosts(copy_bytes_per_s=1e9, prefill_tokens_per_s=1e3))
 
@@ -82,6 +82,69 @@ def test_a_pool_on_a_cpu_that_was_given_no_size_is_capped():
 
 def test_a_pool_on_a_gpu_is_not_capped():
     assert size([rank(available=2**40)], max_num_seqs=10**6, device="cuda")[0] > CPU_POOL_CAP_BYTES // BLOCK
+
+
+# -- windows ---------------------------------------------------------------------------------------------------------
+
+
+SLIDING = KVGroupSpec(layer_ids=(1,), window=40, num_sinks=1)
+"""With blocks of 16 tokens and 4 sequences that compute 64 tokens in a step, no more than 4 (3 + 1 + 2) + 4 blocks."""
+FEW = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "enable_prefix_caching": False}
+
+
+def both(**fields):
+    return rank(block=(BLOCK, BLOCK), groups=[KVGroupSpec(layer_ids=(0,)), SLIDING], **fields)
+
+
+def test_a_kv_group_with_a_window_leaves_the_others_what_it_cannot_use():
+    """28 blocks and a null block of 100, and the rest is the other group's, with its own."""
+    assert size([both(available=200 * BLOCK)], **FEW) == [70, 28]
+
+
+def test_the_prefix_cache_keeps_the_windows_of_as_many_ended_sequences():
+    """8 (3 + 1 + 2) + 4 blocks."""
+    assert size([both(available=300 * BLOCK)], **FEW | {"enable_prefix_caching": True}) == [150 - 52 - 2, 52]
+
+
+def test_a_kv_group_with_a_window_has_no_more_blocks_than_the_others():
+    assert size([both()], **FEW) == [24, 24]
+
+
+@pytest.mark.parametrize(("num_blocks", "counts"), [(20, [20, 20]), (28, [28, 28]), (60, [60, 28])])
+def test_a_number_that_was_given_is_that_of_the_groups_without_a_window(num_blocks, counts):
+    assert size([both()], num_blocks=num_blocks, **FEW) == counts
+
+
+def test_a_number_that_does_not_fit_beside_the_pool_of_a_window_is_an_error_that_says_what_does():
+    with pytest.raises(ResourcesError, match="at most 70 blocks fit"):
+        size([both()], num_blocks=71, **FEW)
+
+
+def test_where_every_group_has_a_window_none_takes_more_than_it_can_use():
+    assert size([rank(available=2**40, groups=[SLIDING])], **FEW) == [28]
+
+
+@pytest.mark.parametrize("available", [*range(4, 60), 90, 113, 200])
+def test_pools_of_blocks_of_different_sizes_fill_the_memory_that_they_may_take(available):
+    ready = rank(available=available * BLOCK, block=(3 * BLOCK, BLOCK), groups=[KVGroupSpec(layer_ids=(0,)), SLIDING])
+    try:
+        full, sliding = size([ready], kv_cache_memory_bytes=available * BLOCK, **FEW)
+    except ResourcesError:
+        assert available < 8
+        return
+
+    def taken(count):
+        return 3 * (count + 1) + min(count, 28) + 1
+
+    assert sliding == min(full, 28)
+    assert taken(full) <= available < taken(full + 1)
+
+
+def test_the_host_pool_of_a_kv_group_with_a_window_is_as_small():
+    config = EngineConfig(model="m", swap_space_bytes=90 * BLOCK, **FEW)
+    assert num_host_blocks(config, [both()], [70, 28], "cuda") == [62, 28]
+    config = EngineConfig(model="m", **FEW)
+    assert num_host_blocks(config, [both(host=2**40)], [70, 28], "cuda") == [70, 28]
 
 
 # -- host ------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_a_hit_on_the_host_brings_the_block_back():
     space.fill(2)
     blocks = space.open(3, root=ROOT)
     match = space.match(blocks, [*prompt(1), 0])
-    assert space.num_to_take(match) == 1
+    assert space.num_to_take(match) == [1]
     space.attach(blocks, match)
     assert space.plan() == BlockMoves(swap_outs=[(1, 2)], swap_ins=[(1, 1)])
     assert (blocks.tables, space.where(1)) == ([[1]], ["device", "host"])

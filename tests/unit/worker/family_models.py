@@ -46,7 +46,13 @@ MODELS = {
     "phi3": ("Phi3", GQA | {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}),
     "phi3-partial": ("Phi3", GQA | {"hidden_size": 112, "rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
-    "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": 3.0}),
+    "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-windowed": ("Gemma2", GEMMA | {"attn_logit_softcapping": 5.0, "sliding_window": 9}),
+    "mistral-windowed": ("Mistral", GQA | {"num_key_value_heads": 1, "sliding_window": 5}),
+    "gemma3-windowed": ("Gemma3", GEMMA | {"sliding_window": 4, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention"]}),
+    "phi3-windowed": ("Phi3", GQA | {"sliding_window": 11}),
+    "qwen2-windowed": ("Qwen2", GQA | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}),
     "gemma3": ("Gemma3", GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
                                   "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -104,33 +110,44 @@ class Driver:
         self.layout = TPLayout.of(config, comm.world_size, comm.rank)
         self.decoder = Decoder.load(config, self.layout, open_weights(config), dtype, torch.device("cpu"), comm,
                                     max_model_len)
-        group, = self.decoder.kv_groups
-        shape = cache_shape(config, self.layout, group, NUM_BLOCKS, BLOCK_SIZE)
-        self.cache = torch.full(shape, float("nan"), dtype=dtype)
+        shapes = [cache_shape(config, self.layout, group, 1 + NUM_BLOCKS, BLOCK_SIZE, dtype)
+                  for group in self.decoder.kv_groups]
+        self.caches = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes]
         self.widths = [len(TPLayout.of(config, comm.world_size, rank).vocab) for rank in range(comm.world_size)]
 
     def step(self, parts: list[list[int]], starts: list[int]) -> list[torch.Tensor]:
         """Whole rows of logits for the next tokens of every sequence."""
         counts = [len(part) for part in parts]
-        tables = [torch.arange(s, NUM_BLOCKS, len(parts)).flip(0)[:NUM_BLOCKS // len(parts)]
-                  for s in range(len(parts))]
+        tables = [self.tables(group, starts) for group in range(len(self.caches))]
         positions = [torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
-        slots = [table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
-                 for table, at in zip(tables, positions, strict=True)]
         batch = ForwardBatch(
             token_ids=torch.tensor([token for part in parts for token in part]),
             positions=torch.cat(positions),
             query_start_loc=torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
             kv_lens=torch.tensor([start + count for start, count in zip(starts, counts, strict=True)],
                                  dtype=torch.int32),
-            block_tables=[torch.stack(tables).to(torch.int32)],
-            slot_mapping=[torch.cat(slots)],
+            block_tables=[table.to(torch.int32) for table in tables],
+            slot_mapping=[torch.cat([row[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+                                     for row, at in zip(table, positions, strict=True)]) for table in tables],
         )
-        local = self.decoder.logits(self.decoder.forward(batch, [self.cache]))
+        local = self.decoder.logits(self.decoder.forward(batch, self.caches))
         padded = torch.nn.functional.pad(local, (0, max(self.widths) - local.shape[1]))
         gathered = self.comm.all_gather_rows(padded)
         whole = torch.cat([rows[:, :width] for rows, width in zip(gathered, self.widths, strict=True)], dim=1)
         return list(whole.split(counts))
+
+    def tables(self, group: int, starts: list[int]) -> torch.Tensor:
+        """`[num_seqs, max_blocks]` as the block space leaves them once the sequences have come to `starts`: blocks that
+        lie behind the window belong to somebody else, and the null block stands in their place."""
+        spec, cache, num_seqs = self.decoder.kv_groups[group], self.caches[group], len(starts)
+        table = torch.stack([1 + torch.arange(s, NUM_BLOCKS, num_seqs).flip(0)[:NUM_BLOCKS // num_seqs].roll(group)
+                             for s in range(num_seqs)])
+        for row, start in zip(table, starts, strict=True):
+            num_behind = 0 if spec.window is None else max(0, start - spec.window + 1) // BLOCK_SIZE
+            behind = slice(-(-spec.num_sinks // BLOCK_SIZE), num_behind)
+            cache[row[behind]] = float("nan")
+            row[behind] = 0
+        return table
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> tuple[list[list[int]], list[torch.Tensor]]:
         """Greedy continuations, and the logits of every position that was computed."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvarto.kernels.kv_layout import FP8
 from kvarto.protos.model import KVGroupSpec
 from kvarto.worker.batch import ForwardBatch
 from kvarto.worker.collectives import Communicator, SingleRank
@@ -98,7 +99,7 @@ def load(path, comm, source=None, dtype=torch.float32) -> Decoder:
 
 
 def empty_cache(decoder: Decoder, dtype=torch.float32) -> torch.Tensor:
-    shape = cache_shape(decoder.config, decoder.layout, decoder.kv_groups[0], NUM_BLOCKS, BLOCK_SIZE)
+    shape = cache_shape(decoder.config, decoder.layout, decoder.kv_groups[0], NUM_BLOCKS, BLOCK_SIZE, dtype)
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
@@ -255,8 +256,10 @@ def test_a_rank_reads_its_own_slices_only(tmp_path, tp_size):
 def test_kv_groups_and_block_bytes_of_a_llama(tmp_path):
     make_model(tmp_path)
     config = read_model_config(str(tmp_path))
-    (group,) = kv_groups(config)
+    (group,) = kv_groups(config, 256)
     assert group == KVGroupSpec(layer_ids=(0, 1))
     layout = TPLayout.of(config, 2, 0)
-    assert cache_shape(config, layout, group, 5, 16) == (5, 2, 2, 2, 16, 8)
+    assert cache_shape(config, layout, group, 5, 16, torch.float16) == (5, 2, 2, 2, 16, 8)
+    assert cache_shape(config, layout, group, 5, 16, torch.int8) == (5, 2, 2, 2, 16, 8 + 4)
+    assert block_bytes(config, layout, group, 16, FP8) == 2 * 2 * 2 * 16 * (8 + 4)
     assert block_bytes(config, layout, group, 16, torch.bfloat16) == 2 * 2 * 2 * 16 * 8 * 2

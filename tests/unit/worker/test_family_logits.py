@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
-from kvarto.protos.errors import ConfigError
 from kvarto.worker.collectives import SingleRank
 from kvarto.worker.families import FAMILIES, read_model_config
+from kvarto.worker.kv_groups import kv_groups
 from kvarto.worker.mlp import ACTIVATIONS
 from kvarto.worker.weights.safetensors_source import SafetensorsSource
 
@@ -103,20 +103,15 @@ def test_gpt2_files_may_leave_the_prefix_off(tmp_path):
     check_whole_sequence(tmp_path, model, 20, 64)
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
-def test_a_window_below_max_model_len_is_refused(tmp_path, name):
+@pytest.mark.parametrize(("name", "windows"), [
+    ("mistral", [None]), ("mistral-windowed", [5]), ("gemma2-windowed", [None, 9]), ("gemma3-windowed", [None, 4]),
+    ("qwen2-windowed", [None, 8]), ("phi3-windowed", [11])])
+def test_kv_groups_are_the_windows_that_a_sequence_outgrows(tmp_path, name, windows):
     models.make_model(tmp_path, name)
     config = read_model_config(str(tmp_path))
-    models.Driver(config, SingleRank(), models.MAX_MODEL_LEN)
-    with pytest.raises(ConfigError, match=rf"set max_model_len to at most {models.MAX_MODEL_LEN}$") as caught:
-        models.Driver(config, SingleRank(), models.MAX_MODEL_LEN + 1)
-    assert caught.value.param == "max_model_len"
-
-
-def test_a_soft_cap_on_attention_scores_is_refused(tmp_path):
-    models.make(tmp_path, "Gemma2", models.GEMMA | {"attn_logit_softcapping": 50.0})
-    with pytest.raises(ConfigError, match=r"attn_logit_softcapping 50\) are not supported yet"):
-        models.Driver(read_model_config(str(tmp_path)), SingleRank())
+    groups = kv_groups(config, models.MAX_MODEL_LEN)
+    assert [group.window for group in groups] == windows
+    assert sorted(layer for group in groups for layer in group.layer_ids) == list(range(config.num_layers))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

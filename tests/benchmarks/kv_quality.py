@@ -1,0 +1,95 @@
+"""What a smaller KV cache costs in quality: the perplexity of real text, token after token through the paged cache
+(teacher-forced decode, all contexts in one batch), with each cache dtype against that of the model. Prints JSON lines.
+
+Usage: python tests/benchmarks/kv_quality.py [--dtypes auto int8 fp8] [--context N] [--contexts N] [--block-size N]
+                                                            needs: kvarto installed, the model in the cache
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+
+import torch
+from text import NAME, token_ids
+
+from kvarto.cluster.launcher.model import load_model_config
+from kvarto.protos.sampling import SamplingParams
+from kvarto.protos.step import SequenceStart, SequenceStep
+from kvarto.worker.batch import SequenceTable, build, lay_out
+from kvarto.worker.collectives import SingleRank
+from kvarto.worker.decoder import Decoder
+from kvarto.worker.kv_groups import block_bytes, cache_shape, kv_dtype
+from kvarto.worker.layout import TPLayout
+from kvarto.worker.weights import open_weights
+
+MODEL, DTYPE = "smollm2-135m", torch.bfloat16
+CPU = torch.device("cpu")
+BARS = {"int8": 0.005, "fp8": 0.005, "int4": 0.03}
+
+
+class Reader:
+    """The model, and one sequence per context, each in blocks of its own."""
+
+    def __init__(self, contexts: list[list[int]], block_size: int, kv_cache_dtype: str) -> None:
+        config = load_model_config(MODEL)
+        layout = TPLayout.of(config, 1, 0)
+        length = len(contexts[0])
+        self.decoder = Decoder.load(config, layout, open_weights(config), DTYPE, CPU, SingleRank(), length)
+        dtype = kv_dtype(kv_cache_dtype, DTYPE)
+        per_sequence = -(-length // block_size)
+        group, = self.decoder.kv_groups
+        self.token_bytes = block_bytes(config, layout, group, block_size, dtype) / block_size
+        shape = cache_shape(config, layout, group, 1 + per_sequence * len(contexts), block_size, dtype)
+        self.caches = [torch.zeros(shape, dtype=dtype)]
+        self.table = SequenceTable(len(contexts), length, block_size, 1)
+        self.contexts = contexts
+        self.blocks = [list(range(1 + per_sequence * number, 1 + per_sequence * (number + 1)))
+                       for number in range(len(contexts))]
+
+    @torch.inference_mode()
+    def logprobs(self) -> torch.Tensor:
+        """`[num_contexts, length - 1]`: of every token given those before it."""
+        for number, tokens in enumerate(self.contexts):
+            self.table.start(SequenceStart(
+                seq_id=number, seq_index=0, token_ids=tokens, num_prompt_tokens=len(tokens), params=SamplingParams()))
+        rows = []
+        for place in range(len(self.contexts[0]) - 1):
+            steps = [SequenceStep(seq_id=number, new_block_ids=[] if place else [blocks])
+                     for number, blocks in enumerate(self.blocks)]
+            layout = lay_out(steps, self.table)
+            hidden = self.decoder.forward(build(layout, self.table, CPU), self.caches)
+            self.table.num_computed[layout.rows] = layout.ends
+            wanted = torch.tensor([tokens[place + 1] for tokens in self.contexts])
+            rows.append(self.decoder.logits(hidden).log_softmax(-1).gather(1, wanted[:, None])[:, 0])
+        return torch.stack(rows, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["auto", "int8", "fp8"])
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--contexts", type=int, default=10)
+    parser.add_argument("--block-size", type=int, default=16)
+    args = parser.parse_args()
+    text = token_ids(MODEL, args.context * args.contexts)
+    contexts = [text[begin: begin + args.context] for begin in range(0, len(text), args.context)]
+    print(json.dumps({"text": NAME, "context": args.context, "stride": args.context, "tokens": len(text),
+                      "block_size": args.block_size}))
+    reference: tuple[float, float] | None = None
+    for name in args.dtypes:
+        began = time.perf_counter()
+        reader = Reader(contexts, args.block_size, name)
+        perplexity = math.exp(-reader.logprobs().double().mean())
+        reference = reference or (perplexity, reader.token_bytes)
+        print(json.dumps({
+            "kv_cache_dtype": name, "perplexity": round(perplexity, 4),
+            "over_first": round(perplexity / reference[0] - 1, 5), "bar": BARS.get(name),
+            "bytes_per_token": reader.token_bytes, "capacity_ratio": round(reference[1] / reader.token_bytes, 3),
+            "seconds": round(time.perf_counter() - began, 1)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
