@@ -116,12 +116,17 @@ class BlockPool:
             self._rest(block_id)
         return True
 
-    def empty(self, block_id: int) -> None:
-        """The last reference is given back, and the plan being made moves the contents away before anything else."""
+    def empty(self, block_id: int, step_id: int) -> None:
+        """The last reference is given back, and `step_id`, the plan being made, moves the contents away before anything
+        else. Where somebody who has given the block back reads it in that plan, it waits for the result."""
         self.ref_counts[block_id] = 0
         self.num_references -= 1
-        self._set(block_id, State.EMPTIED)
-        self._emptied[block_id] = None
+        if self._busy_until[block_id] >= step_id:
+            self._set(block_id, State.RELEASING)
+            self._releasing[self._busy_until[block_id]].append(block_id)
+        else:
+            self._set(block_id, State.EMPTIED)
+            self._emptied[block_id] = None
 
     def end_plan(self, step_id: int) -> None:
         """What the plan `step_id` has emptied and did not use itself waits for its result."""

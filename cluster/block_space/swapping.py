@@ -56,7 +56,7 @@ class Swapper:
                 host.touch(host_id, self._moves.step_id)
                 if (key := device.keys[block_id]) is not None:
                     host.register(host_id, key)
-                device.empty(block_id)
+                device.empty(block_id, self._moves.step_id)
             for blocks in members:
                 blocks.tables[group] = [-target[entry] if entry in target else entry for entry in blocks.tables[group]]
 

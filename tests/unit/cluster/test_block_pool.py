@@ -176,7 +176,7 @@ def test_a_releasing_block_that_was_hit_and_given_back_waits_for_the_later_plan(
 def emptied(pool):
     block_id = pool.allocate()
     pool.register(block_id, key(1))
-    pool.empty(block_id)
+    pool.empty(block_id, 4)
     return block_id
 
 
@@ -186,6 +186,19 @@ def test_an_emptied_block_is_given_out_within_its_plan_once_none_is_free():
     block_id = emptied(pool)
     free = 3 - block_id
     assert [pool.allocate(), pool.allocate()] == [free, block_id]
+
+
+def test_an_emptied_block_that_its_plan_reads_waits_for_the_result():
+    """Somebody who gave it back before reads it in the same plan."""
+    pool = make(1)
+    block_id = pool.allocate()
+    pool.touch(block_id, 4)
+    pool.empty(block_id, 4)
+    assert (pool.states[block_id], pool.num_available()) == (RELEASING, 0)
+    pool.end_plan(4)
+    pool.step_done(4)
+    pool.check_integrity({})
+    assert pool.allocate() == block_id
 
 
 def test_an_emptied_block_is_given_out_before_a_cached_one():
@@ -200,7 +213,7 @@ def test_of_several_emptied_blocks_the_first_to_be_emptied_is_given_out_first():
     pool = make(2)
     block_ids = [pool.allocate(), pool.allocate()]
     for block_id in reversed(block_ids):
-        pool.empty(block_id)
+        pool.empty(block_id, 4)
     assert [pool.allocate(), pool.allocate()] == block_ids[::-1]
 
 

@@ -173,7 +173,7 @@ def test_nobody_is_told_of_the_eviction_of_a_block_that_was_forgotten():
 
 @pytest.mark.parametrize("give_back", [
     lambda pool, block_id: pool.release(block_id, busy_until=4),
-    lambda pool, block_id: (pool.empty(block_id), pool.end_plan(4)),
+    lambda pool, block_id: (pool.empty(block_id, 4), pool.end_plan(4)),
 ], ids=["releasing", "emptied"])
 def test_a_block_that_is_forgotten_while_a_plan_names_it_is_free_after_that(give_back):
     pool = make(1)

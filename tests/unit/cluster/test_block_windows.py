@@ -95,6 +95,22 @@ def test_a_block_that_another_sequence_sees_stays():
     assert space.devices[1].ref_counts[shared[0]] == 0
 
 
+def test_what_a_chunk_reads_is_not_given_out_when_its_last_holder_is_swapped_out():
+    """By the same plan: the swap-out comes first, but what is brought into its place would come before the reading."""
+    space = Space(num_host_blocks=10)
+    other = space.hold(1, 24)
+    blocks = space.open(2, root=ROOT)
+    space.attach(blocks, space.match(blocks, TOKENS[:64]))
+    shared = list(other.tables[1])
+    assert blocks.tables[1] == shared
+    space.grow(blocks, 64)
+    space.release_behind_windows(blocks, busy_until=space.moves.step_id)
+    space.swap_out([other], busy_until=-1)
+    assert all(space.devices[1].states[block] is State.RELEASING for block in shared)
+    space.end_plan()
+    space.check_integrity()
+
+
 def test_a_fork_has_given_back_what_its_parent_has():
     space = Space()
     parent, child = space.hold(1, 40), space.open(2)
