@@ -89,9 +89,10 @@ class Advancer:
             need = [count + growth for count in self._space.num_to_take(match)]
             if not self._make_room(group, need, may_be_victim=not drafted):
                 return
-            # Making room may have evicted, or moved, what was found.
+            # Making room may have evicted, or moved, what was found; and what a victim held is taken from the room.
             match = self.match(sequence)
-            if len(match) * self._space.block_size != num_cached:
+            need = [count + growth for count in self._space.num_to_take(match)]
+            if len(match) * self._space.block_size != num_cached or not self._space.has_room(need):
                 return
             self.begin(sequence, match)
             self._compute(sequence, num_tokens)

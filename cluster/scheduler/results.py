@@ -28,23 +28,27 @@ class Results:
         self._eos_token_ids = eos_token_ids
         self._new_sequence = new_sequence
         self._end = end
-        self._scored: dict[int, SequenceGroup] = {}
+        self._scored: dict[int, Sequence] = {}
 
     def keep_scores_of(self, sequence: Sequence) -> None:
         """A sequence has ended whose prompt the plans in flight score for the others of its group."""
-        self._scored[sequence.seq_id] = sequence.group
+        self._scored[sequence.seq_id] = sequence
 
     def take(self, result: StepResult) -> News:
         """The deltas that a result gives rise to."""
         sequences = self._sequences
         news: News = []
         for prompt in result.prompt_logprobs:
-            scored = sequences.get(prompt.seq_id)
-            group = scored.group if scored else self._scored.pop(prompt.seq_id, None)
-            if group is not None:
+            scored = sequences.get(prompt.seq_id) or self._scored.get(prompt.seq_id)
+            if scored is not None:
+                group = scored.group
                 # One that was preempted computes its prompt again, in other chunks: what is kept already is skipped.
                 known = len(group.prompt_logprobs) + 1 - prompt.first
                 group.prompt_logprobs.extend(prompt.positions[known:])
+        if self._scored:
+            # Not before its last plan: the end of a prompt may come in several.
+            self._scored = {seq_id: scored for seq_id, scored in self._scored.items()
+                            if scored.last_step_id > result.step_id}
         for token in result.tokens:
             if sequence := sequences.get(token.seq_id):
                 news.append((sequence.group, self._append(sequence, token)))

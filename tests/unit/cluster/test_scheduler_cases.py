@@ -206,6 +206,19 @@ def test_prompt_logprobs_are_whole_when_the_chunks_after_a_preemption_are_others
     assert prompt_is_whole(world, group)
 
 
+def test_prompt_logprobs_are_whole_when_the_first_sequence_is_cancelled_with_the_end_of_its_prompt_in_two_plans():
+    world = World(budget=8)
+    group = world.add("a", length=20, prompt_logprobs=1, n=2)
+    world.step()
+    world.schedule()
+    world.schedule()
+    world.cancel("a", 0)
+    world.result()
+    world.result()
+    world.finish()
+    assert prompt_is_whole(world, group)
+
+
 # -- recovery --------------------------------------------------------------------------------------------------------
 
 
