@@ -81,6 +81,8 @@ namespace kvarto {
 // arithmetic therefore depends on nothing but the rows it sees.
 constexpr int64_t CHUNK = 512;
 constexpr int64_t TILE = 32;
+// The least block_size: as many rows, counted from row 0, lie one behind another in one block.
+constexpr int64_t RUN = 8;
 // Columns of a weight that are packed side by side.
 constexpr int64_t PANEL = 32;
 constexpr int64_t DIM_ALIGN = 16;
@@ -88,14 +90,14 @@ constexpr int64_t DIM_ALIGN = 16;
 // RECORD_HEAD) the weighted sum of V.
 constexpr int64_t RECORD_HEAD = 16;
 
-// Some consecutive queries of one sequence, all heads of one KV head, over some chunks.
-// Row r of the tile is query r / group, head r % group of that KV head.
+// Some consecutive queries of one sequence, all heads of some consecutive KV heads, over some chunks.
+// Rows go KV head by KV head: row r of one is query r / group, head r % group of that KV head.
 struct AttentionTile {
   const int32_t* block_table;
   int64_t first_token;    // row of query and out
   int64_t num_queries;
   int64_t first_visible;  // KV rows up to and with the first query's own; each later query has one more
-  int64_t kv_head;
+  int64_t kv_head, num_kv_heads;
   bool sinks;             // the sinks behind the window too
   int64_t chunk_begin, chunk_end;
   float* partial;         // records [sinks + chunks, rows, record]; null: fold and write out

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t TARGET_ROWS = 48;  // query rows of a tile: they share each load of K and V
 constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications below which waking threads costs more than it saves
-constexpr int64_t SCORE_ROWS = 8;    // at least any instruction set's MAX_QUERY_ROWS
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -24,10 +23,12 @@ struct Job {
 // What a tile has records of: the sinks behind the window, if any, and then its chunks.
 int64_t num_pieces(const AttentionTile& tile) { return tile.sinks + tile.chunk_end - tile.chunk_begin; }
 
-// Grows, never shrinks, so that a step does not pay for fresh pages.
+constexpr int64_t LINE = 16;  // floats of a cache line
+
+// From the start of a cache line. Grows, never shrinks, so that a step does not pay for fresh pages.
 float* reserve(std::vector<float>& memory, int64_t size) {
-  if ((int64_t)memory.size() < size) memory.resize(size);
-  return memory.data();
+  if ((int64_t)memory.size() < size + LINE) memory.resize(size + LINE);
+  return (float*)(divide_up((int64_t)memory.data(), LINE * sizeof(float)) * LINE * sizeof(float));
 }
 
 int32_t check(const KvartoAttention& call, int64_t* detail) {
@@ -52,6 +53,11 @@ int32_t check(const KvartoAttention& call, int64_t* detail) {
   return start[call.num_seqs] == call.num_tokens ? KVARTO_OK : KVARTO_BAD_QUERY_START_LOC;
 }
 
+int64_t num_rows(const KvartoAttention& call, const AttentionTile& tile) {
+  return tile.num_queries * tile.num_kv_heads * (call.num_heads / call.cache.num_kv_heads);
+}
+
+// Consecutive queries of each sequence with all KV heads.
 std::vector<Job> cut(const KvartoAttention& call, int64_t tile_queries) {
   std::vector<Job> jobs;
   for (int64_t s = 0; s < call.num_seqs; ++s) {
@@ -62,32 +68,52 @@ std::vector<Job> cut(const KvartoAttention& call, int64_t tile_queries) {
       const int64_t last_visible = first_visible + num_queries - 1;
       const int64_t behind = std::max<int64_t>(0, first_visible - call.window);
       const int64_t sinks = std::min(call.num_sinks, std::max<int64_t>(0, last_visible - call.window));
-      for (int64_t head = 0; head < call.cache.num_kv_heads; ++head)
-        jobs.push_back({{call.block_tables + s * call.max_blocks, first, num_queries, first_visible, head, sinks > 0,
-                         behind / CHUNK, divide_up(last_visible, CHUNK), nullptr},
-                        num_queries * (last_visible - behind + sinks)});
+      const int64_t num_heads = call.cache.num_kv_heads;
+      jobs.push_back({{call.block_tables + s * call.max_blocks, first, num_queries, first_visible, 0, num_heads,
+                       sinks > 0, behind / CHUNK, divide_up(last_visible, CHUNK), nullptr},
+                      num_queries * (last_visible - behind + sinks) * num_heads});
     }
   }
   return jobs;
 }
 
+// Parts of the job with fewer KV heads, as many each as let its query rows stay near and its pieces below the share:
+// what neighbouring heads have in a block is then read in one go.
+void part_heads(const Job& job, const KvartoAttention& call, int64_t share, std::vector<Job>& parts) {
+  const int64_t num_heads = job.tile.num_kv_heads;
+  const int64_t near = num_heads * TARGET_ROWS / num_rows(call, job.tile);
+  const int64_t small = num_heads * share * num_pieces(job.tile) / std::max<int64_t>(1, job.work);
+  const int64_t num_parts = divide_up(num_heads, std::max<int64_t>(1, std::min(near, small)));
+  for (int64_t part = 0; part < num_parts; ++part) {
+    parts.push_back(job);
+    AttentionTile& tile = parts.back().tile;
+    tile.kv_head = num_heads * part / num_parts;
+    tile.num_kv_heads = num_heads * (part + 1) / num_parts - tile.kv_head;
+    parts.back().work = job.work / num_heads * tile.num_kv_heads;
+  }
+}
+
 void run(const KvartoAttention& call, const AttentionKernels& kernels) {
   const int64_t group = call.num_heads / call.cache.num_kv_heads;
   const int64_t padded_dim = divide_up(call.cache.head_dim, DIM_ALIGN) * DIM_ALIGN, record = RECORD_HEAD + padded_dim;
-  const int64_t tile_queries = std::max<int64_t>(1, TARGET_ROWS / group), max_rows = tile_queries * group;
+  const int64_t tile_queries = std::max<int64_t>(1, TARGET_ROWS / group);
 
-  std::vector<Job> tiles = cut(call, tile_queries), jobs, split;
-  int64_t total = 0, partial_size = 0;
-  for (const Job& job : tiles) total += job.work;
+  std::vector<Job> tiles, jobs, split;
+  int64_t total = 0, partial_size = 0, max_rows = 0;
+  const std::vector<Job> uncut = cut(call, tile_queries);
+  for (const Job& job : uncut) total += job.work;
   const int64_t budget = total * group * padded_dim < SERIAL_WORK ? 1 : call.num_threads;
   // A tile that is too large a share of the work is cut at chunk borders. That changes who computes
   // a chunk, not what is computed.
-  const int64_t share = total / (4 * budget);
+  const int64_t share = budget > 1 ? total / (4 * budget) : total;
+  for (const Job& job : uncut) part_heads(job, call, share, tiles);
   auto is_split = [&](const Job& job) {
     return budget > 1 && num_pieces(job.tile) > 1 && job.work > share;
   };
-  for (const Job& job : tiles)
-    if (is_split(job)) partial_size += num_pieces(job.tile) * job.tile.num_queries * group * record;
+  for (const Job& job : tiles) {
+    max_rows = std::max(max_rows, num_rows(call, job.tile));
+    if (is_split(job)) partial_size += num_pieces(job.tile) * num_rows(call, job.tile) * record;
+  }
 
   static thread_local std::vector<float> partial_memory, scratch_memory;
   float* partial = reserve(partial_memory, partial_size);
@@ -105,12 +131,13 @@ void run(const KvartoAttention& call, const AttentionKernels& kernels) {
       tile.chunk_begin = job.tile.chunk_begin + (tile.sinks ? 0 : piece - job.tile.sinks);
       tile.chunk_end = tile.chunk_begin + !tile.sinks;
       tile.partial = partial;
-      partial += tile.num_queries * group * record;
+      partial += num_rows(call, tile) * record;
     }
   }
   std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.work > b.work; });
 
-  const int64_t scratch_size = max_rows * (padded_dim + 2 * record) + SCORE_ROWS * TILE + 2 * TILE * padded_dim;
+  // As in attention_rows.h; a row's span and decay take 5 floats.
+  const int64_t scratch_size = max_rows * (padded_dim + 2 * record + TILE + LINE) + TILE * padded_dim;
   const int64_t num_jobs = jobs.size(), num_split = split.size();
   const int threads = (int)std::max<int64_t>(1, std::min(budget, num_jobs));
   float* scratch = reserve(scratch_memory, scratch_size * threads);

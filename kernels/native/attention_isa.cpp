@@ -1,76 +1,103 @@
-// Attention of one tile of query rows over one KV head's blocks. Built once per instruction set.
+// Attention of one tile of query rows over the blocks of their KV heads. Built once per instruction set.
 //
 // Every query row goes through the same operations on the same operands whatever tile, batch or
 // thread it is in: a dot product accumulates in WIDTH lanes over head_dim and is reduced in one
 // fixed order; tiles and chunks of KV rows lie at fixed row numbers; V is added row after row;
 // the sinks behind the window and then the chunks are folded in order. Rows the query does not see
-// are never multiplied in, not even by 0, and those that no query row of the tile sees are not read.
+// are never multiplied in, not even by 0; of those that no query row of the tile sees, the nearest
+// neighbours of seen ones may be read, in the same block.
 #include "attention_tile.h"
 
 namespace kvarto {
 namespace KVARTO_ISA {
 
 static void clear(const Shape& shape, float* records) {
-  memset(records, 0, shape.rows * shape.record * sizeof(float));
-  for (int64_t r = 0; r < shape.rows; ++r) records[r * shape.record] = NEG_INFINITY;
+  memset(records, 0, shape.all_rows() * shape.record * sizeof(float));
+  for (int64_t r = 0; r < shape.all_rows(); ++r) records[r * shape.record] = NEG_INFINITY;
 }
 
-// The KV rows of the sinks or of one chunk, into the records.
+static bool few_rows(const Shape& shape) { return shape.rows <= 2 * MAX_QUERY_ROWS; }
+
+// How the keys of far sinks are turned back; null: they are not.
+struct Turn {
+  const float *cos, *sin;
+  int64_t num_angles;
+};
+
+// Rows `held` of a tile as floats.
 template <class T>
-static void attend_piece(const KvartoAttention& call, const Sight& sight, const Shape& shape,
-                         const RowFinder<T>& rows, const Scratch& scratch, float* records) {
+static TileRows<float> widen(const TileRows<T>& rows, int64_t first, Span held, const Turn* turn, const Shape& shape,
+                             float* wide, Ahead* ahead) {
+  for (int64_t j = held.begin; j < held.end; ++j) {
+    float* row = wide + j * shape.padded_dim;
+    widen_row(rows[j], shape.dim, row);
+    if (ahead) ahead->use(shape.dim * (int64_t)sizeof(T));
+    const int64_t angles = turn ? (first + j) * turn->num_angles : 0;
+    if (turn) turn_back(row, turn->cos + angles, turn->sin + angles, turn->num_angles);
+  }
+  TileRows<float> result;
+  for (int64_t i = 0; i < TILE / RUN; ++i) result.runs[i] = wide + i * RUN * shape.padded_dim;
+  result.stride = shape.padded_dim;
+  return result;
+}
+
+// The KV rows of the sinks or of one chunk, into the records. Of each tile, all KV heads go through one phase after
+// another: that is nearly the order in which the rows lie, and one head's softmax waits for no other.
+template <class T>
+static void attend_piece(const KvartoAttention& call, const Sight& sight, const Shape& shape, const RowFinder& rows,
+                         const Scratch& scratch, float* records, Ahead* ahead) {
   const Span all = {sight(0).begin, sight(shape.rows - 1).end};
+  const Turn turn = {call.cos, call.sin, call.num_angles};
   const bool turned = sight.far && call.cos;
   // Many query rows pay for widening K and V once; and a last partial vector must not be read from the cache.
-  const bool widen = shape.rows > 2 * MAX_QUERY_ROWS || shape.dim % WIDTH != 0 || turned;
+  const bool wide = !few_rows(shape) || shape.dim % WIDTH != 0;
   RowScales scales;
   const Bend bend = {call.soft_cap, QUANTIZED<T> ? &scales : nullptr};
   clear(shape, records);
   for (int64_t first = all.begin / TILE * TILE; first < all.end; first += TILE) {
-    const T *keys[TILE], *values[TILE];
-    const float *wide_keys[TILE], *wide_values[TILE];
     const Span held = {larger(all.begin - first, 0), smaller(TILE, all.end - first)};
-    for (int64_t j = first + TILE; j < smaller(first + 2 * TILE, all.end); ++j) {
-      const char* next = (const char*)rows.key(j);
-      for (int64_t byte = 0; byte < rows.row_bytes; byte += 64) {
-        prefetch(next + byte);
-        prefetch(next + rows.value_bytes + byte);
+    const Places places = rows.locate(first, held);
+    if (ahead) ahead->begin_tile({first + held.begin, first + held.end});
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      const Span seen = sight(r);
+      scratch.seen[r] = {smaller(larger(seen.begin - first, 0), TILE), smaller(larger(seen.end - first, 0), TILE)};
+    }
+    for (int64_t head = 0; head < shape.heads; ++head) {
+      const TileRows<T> keys = rows.keys<T>(places, head);
+      const float* query = scratch.query + head * shape.rows * shape.padded_dim;
+      float* scores = scratch.weights + head * shape.rows * TILE;
+      if (wide || turned) {
+        const auto widened = widen(keys, first, held, turned ? &turn : nullptr, shape, scratch.wide, ahead);
+        score(query, widened, scratch.seen, shape, scores, nullptr);
+      } else {
+        score(query, keys, scratch.seen, shape, scores, ahead);
       }
-      if (QUANTIZED<T> && j % 8 == 0) {
-        prefetch(rows.key_scale(j));
-        prefetch(rows.key_scale(j) + rows.value_bytes);
+    }
+    for (int64_t row = 0; row < shape.all_rows(); ++row) {
+      const int64_t head = row / shape.rows, r = row % shape.rows;
+      if (QUANTIZED<T> && r == 0) scales.load(rows, places, head);
+      const Span seen = scratch.seen[r];
+      scratch.decay[row] = seen.empty() ? 1.0f : softmax_step(scratch.weights + row * TILE, seen, bend,
+                                                              records + row * shape.record);
+    }
+    for (int64_t head = 0; head < shape.heads; ++head) {
+      const TileRows<T> values = rows.values<T>(places, head);
+      const int64_t row = head * shape.rows;
+      const float* weights = scratch.weights + row * TILE;
+      float *decay = scratch.decay + row, *sums = records + row * shape.record;
+      if (wide) {
+        const auto widened = widen(values, first, held, nullptr, shape, scratch.wide, ahead);
+        add_values(weights, widened, scratch.seen, decay, shape, sums, nullptr);
+      } else {
+        add_values(weights, values, scratch.seen, decay, shape, sums, ahead);
       }
     }
-    for (int64_t j = held.begin; j < held.end; ++j) keys[j] = rows.key(first + j);
-    if constexpr (QUANTIZED<T>)
-      for (int64_t j = held.begin; j < held.end; ++j) scales.load(rows, j, first + j);
-    // Rows are scored in fours: what lies around those that are seen is stood in for by the nearest, and is masked.
-    for (int64_t j = held.begin / 4 * 4; j < held.begin; ++j) keys[j] = keys[held.begin];
-    for (int64_t j = held.end; j < round_up(held.end, 4); ++j) keys[j] = keys[held.end - 1];
-    for (int64_t j = held.begin; j < held.end; ++j) values[j] = rows.value_of(keys[j]);
-    if (!widen) {
-      attend_tile(scratch.query, keys, values, first, sight, bend, shape, scratch.weights, records);
-      continue;
-    }
-    for (int64_t j = 0; j < TILE; ++j) {
-      const int64_t place = larger(held.begin, smaller(j, held.end - 1));
-      wide_keys[j] = scratch.keys + place * shape.padded_dim;
-      wide_values[j] = scratch.values + place * shape.padded_dim;
-    }
-    for (int64_t j = held.begin; j < held.end; ++j) {
-      float* key = scratch.keys + j * shape.padded_dim;
-      widen_row(keys[j], shape.dim, key);
-      widen_row(values[j], shape.dim, scratch.values + j * shape.padded_dim);
-      const int64_t angles = (first + j) * call.num_angles;
-      if (turned) turn_back(key, call.cos + angles, call.sin + angles, call.num_angles);
-    }
-    attend_tile(scratch.query, wide_keys, wide_values, first, sight, bend, shape, scratch.weights, records);
   }
 }
 
 // Folds the records of a piece into those of all pieces before it, where the query row sees any of it.
 static void fold(const Sight& sight, const Shape& shape, int64_t r, const float* piece, float* running) {
-  if (sight(r).empty()) return;
+  if (sight(r % shape.rows).empty()) return;
   const float new_max = piece[0] > running[0] ? piece[0] : running[0];
   const float keep = exp2(running[0] - new_max), take = exp2(piece[0] - new_max);
   running[0] = new_max;
@@ -83,8 +110,7 @@ template <class T>
 static void write_out_as(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape, int64_t r,
                          const float* record) {
   const Vec inverse = set1(1.0f / record[1]);
-  T* out = (T*)call.out + ((tile.first_token + r / shape.group) * call.num_heads + tile.kv_head * shape.group +
-                           r % shape.group) * shape.dim;
+  T* out = (T*)call.out + shape.element(call, tile, r, call.num_heads * shape.dim);
   for (int64_t d = 0; d < shape.dim; d += WIDTH)
     store_some(out + d, mul(load(record + RECORD_HEAD + d), inverse), shape.dim - d);
 }
@@ -106,27 +132,35 @@ KVARTO_INLINE void each_piece(const KvartoAttention& call, const AttentionTile& 
     visit(Sight(call, tile, shape, false, chunk));
 }
 
+// The rows of all chunks that the tile is about.
+static Span chunk_rows(const AttentionTile& tile, const KvartoAttention& call, const Shape& shape) {
+  if (tile.chunk_begin == tile.chunk_end) return {0, 0};
+  return {Sight(call, tile, shape, false, tile.chunk_begin)(0).begin,
+          Sight(call, tile, shape, false, tile.chunk_end - 1)(shape.rows - 1).end};
+}
+
 template <class T>
 static void attend(const KvartoAttention& call, const AttentionTile& tile, float* memory) {
   const Shape shape(call, tile);
   const Scratch scratch(memory, shape);
-  const RowFinder<T> rows(call, tile);
+  const RowFinder rows(call, tile, sizeof(T), QUANTIZED<T>);
+  Ahead ahead(rows, chunk_rows(tile, call, shape), shape.heads, few_rows(shape));
   float* records = tile.partial ? tile.partial : scratch.piece;
   if (!tile.partial) clear(shape, scratch.running);
   bool loaded = false;
   each_piece(call, tile, shape, [&](const Sight& sight) {
     if (!loaded) load_queries(call, tile, shape, sight.far, scratch.query);
     loaded = !sight.far;
-    attend_piece(call, sight, shape, rows, scratch, records);
+    attend_piece<T>(call, sight, shape, rows, scratch, records, sight.far ? nullptr : &ahead);
     if (tile.partial) {
-      records += shape.rows * shape.record;
+      records += shape.all_rows() * shape.record;
       return;
     }
-    for (int64_t r = 0; r < shape.rows; ++r)
+    for (int64_t r = 0; r < shape.all_rows(); ++r)
       fold(sight, shape, r, records + r * shape.record, scratch.running + r * shape.record);
   });
   if (tile.partial) return;
-  for (int64_t r = 0; r < shape.rows; ++r) write_out(call, tile, shape, r, scratch.running + r * shape.record);
+  for (int64_t r = 0; r < shape.all_rows(); ++r) write_out(call, tile, shape, r, scratch.running + r * shape.record);
 }
 
 static void combine(const KvartoAttention& call, const AttentionTile& tile, float* running) {
@@ -134,11 +168,11 @@ static void combine(const KvartoAttention& call, const AttentionTile& tile, floa
   clear(shape, running);
   const float* records = tile.partial;
   each_piece(call, tile, shape, [&](const Sight& sight) {
-    for (int64_t r = 0; r < shape.rows; ++r)
+    for (int64_t r = 0; r < shape.all_rows(); ++r)
       fold(sight, shape, r, records + r * shape.record, running + r * shape.record);
-    records += shape.rows * shape.record;
+    records += shape.all_rows() * shape.record;
   });
-  for (int64_t r = 0; r < shape.rows; ++r) write_out(call, tile, shape, r, running + r * shape.record);
+  for (int64_t r = 0; r < shape.all_rows(); ++r) write_out(call, tile, shape, r, running + r * shape.record);
 }
 
 extern const AttentionKernels attention_kernels;

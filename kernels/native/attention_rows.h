@@ -1,32 +1,29 @@
-// What a tile of query rows reads: which KV rows each sees, where they lie, and how they become floats.
+// The query rows of a job: which KV rows each sees, and how what it reads becomes floats.
 #pragma once
 
-#include "abi.h"
-#include "simd.h"
+#include "attention_cache.h"
 
 namespace kvarto {
 namespace KVARTO_ISA {
 
-KVARTO_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-KVARTO_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-KVARTO_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
 struct Shape {
-  int64_t dim, padded_dim, record, group, rows;
+  int64_t dim, padded_dim, record, group;
+  int64_t heads, rows;  // KV heads, and query rows of each
 
   Shape(const KvartoAttention& call, const AttentionTile& tile)
       : dim(call.cache.head_dim),
         padded_dim(round_up(dim, DIM_ALIGN)),
         record(RECORD_HEAD + padded_dim),
         group(call.num_heads / call.cache.num_kv_heads),
+        heads(tile.num_kv_heads),
         rows(tile.num_queries * group) {}
-};
 
-// KV rows, or places in a tile of them.
-struct Span {
-  int64_t begin, end;
-
-  bool empty() const { return begin >= end; }
+  int64_t all_rows() const { return heads * rows; }
+  // Where a row of the job lies in query and out.
+  int64_t element(const KvartoAttention& call, const AttentionTile& tile, int64_t row, int64_t stride) const {
+    const int64_t head = tile.kv_head + row / rows, inside = row % rows;
+    return (tile.first_token + inside / group) * stride + (head * group + inside % group) * call.cache.head_dim;
+  }
 };
 
 // The KV rows that query rows see in the sinks or in one chunk. Both ends grow, or stay, from each query row to the next.
@@ -51,72 +48,29 @@ struct Sight {
 
 // Per-thread memory; attention.cpp sizes it.
 struct Scratch {
-  float *query, *piece, *running, *weights, *keys, *values;
+  float *query, *piece, *running;
+  float *weights, *decay;  // of a tile, for all rows; first the scores
+  Span* seen;              // places in a tile, for the rows of a KV head
+  float* wide;             // rows of a tile
 
   Scratch(float* memory, const Shape& shape) {
+    const int64_t rows = shape.all_rows();
     query = memory;
-    piece = query + shape.rows * shape.padded_dim;
-    running = piece + shape.rows * shape.record;
-    weights = running + shape.rows * shape.record;
-    keys = weights + MAX_QUERY_ROWS * TILE;
-    values = keys + TILE * shape.padded_dim;
-  }
-};
-
-// Finds the K and V rows of one sequence and KV head.
-template <class T>
-struct RowFinder {
-  const char* head;  // this layer and KV head in block 0
-  const int32_t* block_table;
-  int64_t block_bytes, value_bytes, row_bytes, scale_bytes, block_mask;
-  int block_shift;
-
-  RowFinder(const KvartoAttention& call, const AttentionTile& tile) {
-    const KvartoCache& cache = call.cache;
-    row_bytes = cache.head_dim * sizeof(T);
-    scale_bytes = cache.block_size * row_bytes;
-    const int64_t head_bytes = scale_bytes + (QUANTIZED<T> ? cache.block_size * (int64_t)sizeof(float) : 0);
-    value_bytes = cache.num_kv_heads * head_bytes;
-    block_bytes = cache.num_layers * 2 * value_bytes;
-    head = (const char*)cache.data + call.layer * 2 * value_bytes + tile.kv_head * head_bytes;
-    block_table = tile.block_table;
-    block_mask = cache.block_size - 1;
-    block_shift = __builtin_ctzll(cache.block_size);
-  }
-
-  __attribute__((always_inline)) const char* block(int64_t row) const {
-    return head + (int64_t)block_table[row >> block_shift] * block_bytes;
-  }
-  __attribute__((always_inline)) const T* key(int64_t row) const {
-    return (const T*)(block(row) + (row & block_mask) * row_bytes);
-  }
-  __attribute__((always_inline)) const T* value_of(const T* key) const {
-    return (const T*)((const char*)key + value_bytes);
-  }
-  __attribute__((always_inline)) const char* key_scale(int64_t row) const {
-    return block(row) + scale_bytes + (row & block_mask) * sizeof(float);
-  }
-};
-
-// The scales of a tile of quantized rows. They are common to a row's elements: K's multiply its scores, V's its weights.
-struct RowScales {
-  float keys[TILE], values[TILE];
-
-  template <class T>
-  __attribute__((always_inline)) void load(const RowFinder<T>& rows, int64_t place, int64_t row) {
-    const char* found = rows.key_scale(row);
-    memcpy(keys + place, found, sizeof(float));
-    memcpy(values + place, found + rows.value_bytes, sizeof(float));
+    piece = query + rows * shape.padded_dim;
+    running = piece + rows * shape.record;
+    weights = running + rows * shape.record;
+    wide = weights + rows * TILE;
+    seen = (Span*)(wide + TILE * shape.padded_dim);
+    decay = (float*)(seen + rows);
   }
 };
 
 template <class T>
-static void load_queries_as(const T* query, int64_t stride, float factor, const AttentionTile& tile,
-                            const Shape& shape, float* out) {
+static void load_queries_as(const KvartoAttention& call, const T* query, int64_t stride, float factor,
+                            const AttentionTile& tile, const Shape& shape, float* out) {
   const Vec scale = set1(factor);
-  for (int64_t r = 0; r < shape.rows; ++r) {
-    const T* row = query + (tile.first_token + r / shape.group) * stride +
-                   (tile.kv_head * shape.group + r % shape.group) * shape.dim;
+  for (int64_t r = 0; r < shape.all_rows(); ++r) {
+    const T* row = query + shape.element(call, tile, r, stride);
     for (int64_t d = 0; d < shape.padded_dim; d += WIDTH) {
       const int64_t left = shape.dim - d;
       store(out + r * shape.padded_dim + d, left > 0 ? mul(load_some(row + d, left), scale) : zero());
@@ -134,9 +88,9 @@ static void load_queries(const KvartoAttention& call, const AttentionTile& tile,
   const int64_t stride = far ? call.far_query_stride : call.query_stride;
   const float factor = call.soft_cap > 0.0f ? call.scale / call.soft_cap : call.scale * LOG2_E;
   switch (call.dtype) {
-    case KVARTO_BF16: return load_queries_as((const bf16*)query, stride, factor, tile, shape, out);
-    case KVARTO_F16: return load_queries_as((const f16*)query, stride, factor, tile, shape, out);
-    default: return load_queries_as((const float*)query, stride, factor, tile, shape, out);
+    case KVARTO_BF16: return load_queries_as(call, (const bf16*)query, stride, factor, tile, shape, out);
+    case KVARTO_F16: return load_queries_as(call, (const f16*)query, stride, factor, tile, shape, out);
+    default: return load_queries_as(call, (const float*)query, stride, factor, tile, shape, out);
   }
 }
 

@@ -1,6 +1,7 @@
-// Query rows against one tile of KV rows: scores, softmax, weighted sum of V.
+// Query rows of one KV head against one tile of KV rows: scores, softmax, weighted sum of V.
 #pragma once
 
+#include "attention_ahead.h"
 #include "attention_rows.h"
 
 namespace kvarto {
@@ -8,9 +9,29 @@ namespace KVARTO_ISA {
 
 constexpr float NEG_INFINITY = -__builtin_inff();
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls visit(Count<Q>, r) for rows r .. r + Q - 1, which share each load of K or V, until all have been visited.
+template <class Visit>
+KVARTO_INLINE void each_few(int64_t rows, Visit visit) {
+  for (int64_t r = 0, count; r < rows; r += count) {
+    const int64_t left = rows - r;
+    count = left == MAX_QUERY_ROWS + 1 ? left / 2 : smaller(MAX_QUERY_ROWS, left);  // 2 + 2 is quicker than 3 + 1
+    if (count == 1) visit(Count<1>(), r);
+    if (count == 2) visit(Count<2>(), r);
+    if constexpr (MAX_QUERY_ROWS >= 3)
+      if (count == 3) visit(Count<3>(), r);
+    if constexpr (MAX_QUERY_ROWS >= 4)
+      if (count == 4) visit(Count<4>(), r);
+  }
+}
+
 // scores[q][0..3] = query q . key rows 0..3; rows of scores are TILE apart.
 template <int Q, class T>
-KVARTO_INLINE void score_four(const float* query, const T* const* keys, int64_t padded_dim, int64_t dim,
+KVARTO_INLINE void score_four(const float* query, const T* keys, int64_t stride, int64_t padded_dim, int64_t dim,
                               float* scores) {
   Vec sums[Q][4];
   for (int q = 0; q < Q; ++q)
@@ -20,7 +41,7 @@ KVARTO_INLINE void score_four(const float* query, const T* const* keys, int64_t 
     for (int q = 0; q < Q; ++q) queries[q] = pinned(load(query + q * padded_dim + d));
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      const Vec key = pinned(load(keys[r] + d));
+      const Vec key = pinned(load(keys + r * stride + d));
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) sums[q][r] = fma(queries[q], key, sums[q][r]);
     }
@@ -28,38 +49,84 @@ KVARTO_INLINE void score_four(const float* query, const T* const* keys, int64_t 
   for (int q = 0; q < Q; ++q) reduce_add4(sums[q][0], sums[q][1], sums[q][2], sums[q][3], scores + q * TILE);
 }
 
+// The scores of a KV head's query rows, of which row r sees seen[r]. Around what a few rows see, rows of the cache are
+// scored in fours whatever they hold; softmax_step does away with those.
+template <class T>
+static void score(const float* query, const TileRows<T>& keys, const Span* seen, const Shape& shape, float* scores,
+                  Ahead* ahead) {
+  const int64_t dim = round_up(shape.dim, WIDTH);
+  each_few(shape.rows, [&](auto count, int64_t r) {
+    constexpr int Q = decltype(count)::value;
+    for (int64_t j = seen[r].begin / 4 * 4; j < seen[r + Q - 1].end; j += 4) {
+      score_four<Q>(query + r * shape.padded_dim, keys[j], keys.stride, shape.padded_dim, dim, scores + r * TILE + j);
+      if (ahead && r == 0) ahead->use(4 * keys.stride * (int64_t)sizeof(T));
+    }
+  });
+}
+
 // sums[q][d..] = sums * decay[q] + weights[q][j] * values[j][d..] for j in order, in registers.
 template <int Q, int D, class T>
-KVARTO_INLINE void accumulate_columns(const float* weights, const float* decay, const T* const* values,
-                                      int64_t count, int64_t d, float* sums, int64_t record) {
+KVARTO_INLINE void accumulate_columns(const float* weights, const float* decay, const TileRows<T>& values, Span rows,
+                                      int64_t d, float* sums, int64_t record, Ahead* ahead) {
   Vec held[Q][D];
   for (int q = 0; q < Q; ++q)
     for (int n = 0; n < D; ++n) held[q][n] = mul(load(sums + q * record + d + n * WIDTH), set1(decay[q]));
-  for (int64_t j = 0; j < count; ++j) {
-    Vec weight[Q];
-    for (int q = 0; q < Q; ++q) weight[q] = set1(weights[q * TILE + j]);
+  for (int64_t j = rows.begin; j < rows.end;) {
+    const int64_t run_end = smaller(rows.end, (j / RUN + 1) * RUN);
     const T* value_row = values[j] + d;
+    for (; j < run_end; ++j, value_row += values.stride) {
+      Vec weight[Q];
+      for (int q = 0; q < Q; ++q) weight[q] = set1(weights[q * TILE + j]);
 #pragma GCC unroll 8
-    for (int n = 0; n < D; ++n) {
-      const Vec value = pinned(load(value_row + n * WIDTH));
+      for (int n = 0; n < D; ++n) {
+        const Vec value = pinned(load(value_row + n * WIDTH));
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) held[q][n] = fma(weight[q], value, held[q][n]);
+        for (int q = 0; q < Q; ++q) held[q][n] = fma(weight[q], value, held[q][n]);
+      }
     }
+    if (ahead) ahead->use(RUN * D * WIDTH * (int64_t)sizeof(T));
   }
   for (int q = 0; q < Q; ++q)
     for (int n = 0; n < D; ++n) store(sums + q * record + d + n * WIDTH, held[q][n]);
 }
 
 template <int Q, class T>
-static void accumulate(const float* weights, const float* decay, const T* const* values, int64_t count, int64_t dim,
-                       float* sums, int64_t record) {
+static void accumulate(const float* weights, const float* decay, const TileRows<T>& values, Span rows, int64_t dim,
+                       float* sums, int64_t record, Ahead* ahead) {
   constexpr int D = Q == 1 ? 8 : 4;  // enough independent sums to hide the latency of an FMA
   int64_t d = 0;
   for (; d + D * WIDTH <= dim; d += D * WIDTH)
-    accumulate_columns<Q, D>(weights, decay, values, count, d, sums, record);
+    accumulate_columns<Q, D>(weights, decay, values, rows, d, sums, record, ahead);
   for (; d + 2 * WIDTH <= dim; d += 2 * WIDTH)
-    accumulate_columns<Q, 2>(weights, decay, values, count, d, sums, record);
-  for (; d < dim; d += WIDTH) accumulate_columns<Q, 1>(weights, decay, values, count, d, sums, record);
+    accumulate_columns<Q, 2>(weights, decay, values, rows, d, sums, record, ahead);
+  for (; d < dim; d += WIDTH) accumulate_columns<Q, 1>(weights, decay, values, rows, d, sums, record, ahead);
+}
+
+// Adds what a KV head's query rows see of V to their records, times the weights.
+template <class T>
+static void add_values(const float* weights, const TileRows<T>& values, const Span* seen, float* decay,
+                       const Shape& shape, float* records, Ahead* ahead) {
+  const int64_t dim = round_up(shape.dim, WIDTH);
+  each_few(shape.rows, [&](auto count, int64_t first) {
+    constexpr int Q = decltype(count)::value;
+    const auto add = [&](auto few, int64_t r, Span rows, Ahead* pace) {
+      constexpr int N = decltype(few)::value;
+      if (rows.empty()) return;
+      accumulate<N>(weights + r * TILE, decay + r, values, rows, dim, records + r * shape.record + RECORD_HEAD,
+                    shape.record, pace);
+      for (int q = 0; q < N; ++q) decay[r + q] = 1.0f;
+    };
+    const int64_t last = first + Q - 1;
+    // What all see is read once for all; before and behind it, each goes alone, so that all add row after row.
+    const Span common = {seen[last].begin, seen[first].end};
+    if (common.empty()) {
+      for (int64_t r = first; r <= last; ++r) add(Count<1>(), r, seen[r], nullptr);
+      return;
+    }
+    for (int64_t r = first; r < last; ++r) add(Count<1>(), r, {seen[r].begin, common.begin}, nullptr);
+    add(count, first, common, first == 0 ? ahead : nullptr);
+    for (int64_t r = first + 1; r <= last; ++r) add(Count<1>(), r, {common.end, seen[r].end}, nullptr);
+  });
 }
 
 // What is done to scores before the softmax, and to weights after it.
@@ -105,66 +172,6 @@ static float softmax_step(float* scores, Span seen, const Bend& bend, float* rec
   record[1] = record[1] * decay + reduce_add(total);
   bend.weights(scores, seen);
   return decay;
-}
-
-// Q query rows against one tile of KV rows, of which query row q sees seen[q].
-template <int Q, class T>
-static void attend_rows(const float* query, const T* const* keys, const T* const* values, const Span* seen,
-                        const Bend& bend, const Shape& shape, float* weights, float* records) {
-  const int64_t dim = round_up(shape.dim, WIDTH);
-  float decay[Q];
-  for (int64_t j = seen[0].begin / 4 * 4; j < seen[Q - 1].end; j += 4)
-    score_four<Q>(query, keys + j, shape.padded_dim, dim, weights + j);
-  for (int q = 0; q < Q; ++q)
-    decay[q] = seen[q].empty() ? 1.0f
-                               : softmax_step(weights + q * TILE, seen[q], bend, records + q * shape.record);
-  float* sums = records + RECORD_HEAD;
-  auto alone = [&](int q, Span rows) {
-    if (rows.empty()) return;
-    accumulate<1>(weights + q * TILE + rows.begin, decay + q, values + rows.begin, rows.end - rows.begin, dim,
-                  sums + q * shape.record, shape.record);
-    decay[q] = 1.0f;
-  };
-  // What all see is read once for all; before and behind it, each goes alone, so that all add row after row.
-  const Span common = {seen[Q - 1].begin, seen[0].end};
-  if (common.empty()) {
-    for (int q = 0; q < Q; ++q) alone(q, seen[q]);
-    return;
-  }
-  for (int q = 0; q < Q - 1; ++q) alone(q, {seen[q].begin, common.begin});
-  accumulate<Q>(weights + common.begin, decay, values + common.begin, common.end - common.begin, dim, sums,
-                shape.record);
-  for (int q = 0; q < Q; ++q) decay[q] = 1.0f;
-  for (int q = 1; q < Q; ++q) alone(q, {common.end, seen[q].end});
-}
-
-template <class T>
-static void attend_tile(const float* query, const T* const* keys, const T* const* values, int64_t first_row,
-                        const Sight& sight, const Bend& bend, const Shape& shape, float* weights, float* records) {
-  for (int64_t r = 0, count; r < shape.rows; r += count) {
-    const int64_t left = shape.rows - r;
-    count = left == MAX_QUERY_ROWS + 1 ? left / 2 : smaller(MAX_QUERY_ROWS, left);  // 2 + 2 is quicker than 3 + 1
-    Span seen[MAX_QUERY_ROWS] = {};
-    for (int64_t q = 0; q < count; ++q) {
-      const Span rows = sight(r + q);
-      seen[q] = {smaller(larger(rows.begin - first_row, 0), TILE), smaller(larger(rows.end - first_row, 0), TILE)};
-    }
-    if (seen[0].begin >= seen[count - 1].end) continue;
-    const float* rows = query + r * shape.padded_dim;
-    float* states = records + r * shape.record;
-    switch (count) {
-      case 1: attend_rows<1>(rows, keys, values, seen, bend, shape, weights, states); break;
-      case 2: attend_rows<2>(rows, keys, values, seen, bend, shape, weights, states); break;
-      default:
-        if constexpr (MAX_QUERY_ROWS >= 4) {
-          if (count == 4) {
-            attend_rows<4>(rows, keys, values, seen, bend, shape, weights, states);
-            break;
-          }
-        }
-        if constexpr (MAX_QUERY_ROWS >= 3) attend_rows<3>(rows, keys, values, seen, bend, shape, weights, states);
-    }
-  }
 }
 
 }  // namespace KVARTO_ISA

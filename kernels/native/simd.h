@@ -11,6 +11,7 @@
 #endif
 
 #define KVARTO_INLINE static inline __attribute__((always_inline))
+#define KVARTO_MEMBER inline __attribute__((always_inline))
 
 namespace kvarto {
 namespace KVARTO_ISA {
@@ -92,6 +93,7 @@ KVARTO_INLINE Vec tanh(Vec x) {
 }
 
 KVARTO_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+KVARTO_INLINE void prefetch_once(const void* address) { __builtin_prefetch(address, 0, 0); }
 
 }  // namespace KVARTO_ISA
 }  // namespace kvarto
