@@ -86,9 +86,10 @@ constexpr int64_t RUN = 8;
 // Columns of a weight that are packed side by side.
 constexpr int64_t PANEL = 32;
 constexpr int64_t DIM_ALIGN = 16;
-// A record is one query row's softmax state over a range of KV rows: max, sum, then (from
-// RECORD_HEAD) the weighted sum of V.
-constexpr int64_t RECORD_HEAD = 16;
+// A record is one query row's softmax state over a range of KV rows: first the max; from RECORD_SUM the sum of weights,
+// spread over the lanes of a vector; from RECORD_HEAD the weighted sum of V.
+constexpr int64_t RECORD_SUM = 16;
+constexpr int64_t RECORD_HEAD = 32;
 
 // Some consecutive queries of one sequence, all heads of some consecutive KV heads, over some chunks.
 // Rows go KV head by KV head: row r of one is query r / group, head r % group of that KV head.

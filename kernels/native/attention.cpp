@@ -136,7 +136,7 @@ void run(const KvartoAttention& call, const AttentionKernels& kernels) {
   }
   std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.work > b.work; });
 
-  // As in attention_rows.h; a row's span and decay take 5 floats.
+  // As in attention_rows.h; a row's span takes 4 floats.
   const int64_t scratch_size = max_rows * (padded_dim + 2 * record + TILE + LINE) + TILE * padded_dim;
   const int64_t num_jobs = jobs.size(), num_split = split.size();
   const int threads = (int)std::max<int64_t>(1, std::min(budget, num_jobs));

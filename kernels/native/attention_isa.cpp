@@ -6,14 +6,15 @@
 // the sinks behind the window and then the chunks are folded in order. Rows the query does not see
 // are never multiplied in, not even by 0; of those that no query row of the tile sees, the nearest
 // neighbours of seen ones may be read, in the same block.
-#include "attention_tile.h"
+#include "attention_scores.h"
+#include "attention_softmax.h"
+#include "attention_values.h"
 
 namespace kvarto {
 namespace KVARTO_ISA {
 
-static void clear(const Shape& shape, float* records) {
-  memset(records, 0, shape.all_rows() * shape.record * sizeof(float));
-  for (int64_t r = 0; r < shape.all_rows(); ++r) records[r * shape.record] = NEG_INFINITY;
+static void clear_all(const Shape& shape, float* records) {
+  for (int64_t r = 0; r < shape.all_rows(); ++r) clear(shape, records + r * shape.record);
 }
 
 static bool few_rows(const Shape& shape) { return shape.rows <= 2 * MAX_QUERY_ROWS; }
@@ -52,8 +53,8 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
   // Many query rows pay for widening K and V once; and a last partial vector must not be read from the cache.
   const bool wide = !few_rows(shape) || shape.dim % WIDTH != 0;
   RowScales scales;
-  const Bend bend = {call.soft_cap, QUANTIZED<T> ? &scales : nullptr};
-  clear(shape, records);
+  const Bend bend(call, QUANTIZED<T> ? &scales : nullptr);
+  clear_all(shape, records);
   for (int64_t first = all.begin / TILE * TILE; first < all.end; first += TILE) {
     const Span held = {larger(all.begin - first, 0), smaller(TILE, all.end - first)};
     const Places places = rows.locate(first, held);
@@ -73,43 +74,38 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
         score(query, keys, scratch.seen, shape, scores, ahead);
       }
     }
-    for (int64_t row = 0; row < shape.all_rows(); ++row) {
-      const int64_t head = row / shape.rows, r = row % shape.rows;
-      if (QUANTIZED<T> && r == 0) scales.load(rows, places, head);
-      const Span seen = scratch.seen[r];
-      scratch.decay[row] = seen.empty() ? 1.0f : softmax_step(scratch.weights + row * TILE, seen, bend,
-                                                              records + row * shape.record);
+    for (int64_t head = 0; head < shape.heads; ++head) {
+      if (QUANTIZED<T>) scales.load(rows, places, head);
+      for (int64_t r = 0, row = head * shape.rows; r < shape.rows; ++r, ++row) {
+        const Span seen = scratch.seen[r];
+        if (!seen.empty()) softmax_step(scratch.weights + row * TILE, seen, bend, shape, records + row * shape.record);
+      }
     }
     for (int64_t head = 0; head < shape.heads; ++head) {
       const TileRows<T> values = rows.values<T>(places, head);
       const int64_t row = head * shape.rows;
       const float* weights = scratch.weights + row * TILE;
-      float *decay = scratch.decay + row, *sums = records + row * shape.record;
+      float* sums = records + row * shape.record;
       if (wide) {
         const auto widened = widen(values, first, held, nullptr, shape, scratch.wide, ahead);
-        add_values(weights, widened, scratch.seen, decay, shape, sums, nullptr);
+        add_values(weights, widened, scratch.seen, shape, sums, nullptr);
       } else {
-        add_values(weights, values, scratch.seen, decay, shape, sums, ahead);
+        add_values(weights, values, scratch.seen, shape, sums, ahead);
       }
     }
   }
 }
 
 // Folds the records of a piece into those of all pieces before it, where the query row sees any of it.
-static void fold(const Sight& sight, const Shape& shape, int64_t r, const float* piece, float* running) {
-  if (sight(r % shape.rows).empty()) return;
-  const float new_max = piece[0] > running[0] ? piece[0] : running[0];
-  const float keep = exp2(running[0] - new_max), take = exp2(piece[0] - new_max);
-  running[0] = new_max;
-  running[1] = running[1] * keep + piece[1] * take;
-  for (int64_t d = RECORD_HEAD; d < shape.record; d += WIDTH)
-    store(running + d, fma(load(piece + d), set1(take), mul(load(running + d), set1(keep))));
+static void fold_all(const Sight& sight, const Shape& shape, const float* piece, float* running) {
+  for (int64_t r = 0; r < shape.all_rows(); ++r)
+    if (!sight(r % shape.rows).empty()) fold(shape, piece + r * shape.record, running + r * shape.record);
 }
 
 template <class T>
 static void write_out_as(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape, int64_t r,
                          const float* record) {
-  const Vec inverse = set1(1.0f / record[1]);
+  const Vec inverse = set1(1.0f / reduce_add(load(record + RECORD_SUM)));
   T* out = (T*)call.out + shape.element(call, tile, r, call.num_heads * shape.dim);
   for (int64_t d = 0; d < shape.dim; d += WIDTH)
     store_some(out + d, mul(load(record + RECORD_HEAD + d), inverse), shape.dim - d);
@@ -146,7 +142,7 @@ static void attend(const KvartoAttention& call, const AttentionTile& tile, float
   const RowFinder rows(call, tile, sizeof(T), QUANTIZED<T>);
   Ahead ahead(rows, chunk_rows(tile, call, shape), shape.heads, few_rows(shape));
   float* records = tile.partial ? tile.partial : scratch.piece;
-  if (!tile.partial) clear(shape, scratch.running);
+  if (!tile.partial) clear_all(shape, scratch.running);
   bool loaded = false;
   each_piece(call, tile, shape, [&](const Sight& sight) {
     if (!loaded) load_queries(call, tile, shape, sight.far, scratch.query);
@@ -156,8 +152,7 @@ static void attend(const KvartoAttention& call, const AttentionTile& tile, float
       records += shape.all_rows() * shape.record;
       return;
     }
-    for (int64_t r = 0; r < shape.all_rows(); ++r)
-      fold(sight, shape, r, records + r * shape.record, scratch.running + r * shape.record);
+    fold_all(sight, shape, records, scratch.running);
   });
   if (tile.partial) return;
   for (int64_t r = 0; r < shape.all_rows(); ++r) write_out(call, tile, shape, r, scratch.running + r * shape.record);
@@ -165,11 +160,10 @@ static void attend(const KvartoAttention& call, const AttentionTile& tile, float
 
 static void combine(const KvartoAttention& call, const AttentionTile& tile, float* running) {
   const Shape shape(call, tile);
-  clear(shape, running);
+  clear_all(shape, running);
   const float* records = tile.partial;
   each_piece(call, tile, shape, [&](const Sight& sight) {
-    for (int64_t r = 0; r < shape.all_rows(); ++r)
-      fold(sight, shape, r, records + r * shape.record, running + r * shape.record);
+    fold_all(sight, shape, records, running);
     records += shape.all_rows() * shape.record;
   });
   for (int64_t r = 0; r < shape.all_rows(); ++r) write_out(call, tile, shape, r, running + r * shape.record);

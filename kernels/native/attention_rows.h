@@ -49,9 +49,9 @@ struct Sight {
 // Per-thread memory; attention.cpp sizes it.
 struct Scratch {
   float *query, *piece, *running;
-  float *weights, *decay;  // of a tile, for all rows; first the scores
-  Span* seen;              // places in a tile, for the rows of a KV head
-  float* wide;             // rows of a tile
+  float* weights;  // of a tile, for all rows; first the scores
+  float* wide;     // rows of a tile
+  Span* seen;      // places in a tile, for the rows of a KV head
 
   Scratch(float* memory, const Shape& shape) {
     const int64_t rows = shape.all_rows();
@@ -61,36 +61,30 @@ struct Scratch {
     weights = running + rows * shape.record;
     wide = weights + rows * TILE;
     seen = (Span*)(wide + TILE * shape.padded_dim);
-    decay = (float*)(seen + rows);
   }
 };
 
 template <class T>
-static void load_queries_as(const KvartoAttention& call, const T* query, int64_t stride, float factor,
-                            const AttentionTile& tile, const Shape& shape, float* out) {
-  const Vec scale = set1(factor);
+static void load_queries_as(const KvartoAttention& call, const T* query, int64_t stride, const AttentionTile& tile,
+                            const Shape& shape, float* out) {
   for (int64_t r = 0; r < shape.all_rows(); ++r) {
     const T* row = query + shape.element(call, tile, r, stride);
     for (int64_t d = 0; d < shape.padded_dim; d += WIDTH) {
       const int64_t left = shape.dim - d;
-      store(out + r * shape.padded_dim + d, left > 0 ? mul(load_some(row + d, left), scale) : zero());
+      store(out + r * shape.padded_dim + d, left > 0 ? load_some(row + d, left) : zero());
     }
   }
 }
 
-constexpr float LOG2_E = 1.4426950408889634f;
-
-// Widened, zero-padded, and scaled so that scores come out as softmax_step wants them: times log2(e), so that it may
-// use powers of two, or, where it caps them, as parts of the cap.
+// Widened and zero-padded.
 static void load_queries(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape, bool far,
                          float* out) {
   const void* query = far ? call.far_query : call.query;
   const int64_t stride = far ? call.far_query_stride : call.query_stride;
-  const float factor = call.soft_cap > 0.0f ? call.scale / call.soft_cap : call.scale * LOG2_E;
   switch (call.dtype) {
-    case KVARTO_BF16: return load_queries_as(call, (const bf16*)query, stride, factor, tile, shape, out);
-    case KVARTO_F16: return load_queries_as(call, (const f16*)query, stride, factor, tile, shape, out);
-    default: return load_queries_as(call, (const float*)query, stride, factor, tile, shape, out);
+    case KVARTO_BF16: return load_queries_as(call, (const bf16*)query, stride, tile, shape, out);
+    case KVARTO_F16: return load_queries_as(call, (const f16*)query, stride, tile, shape, out);
+    default: return load_queries_as(call, (const float*)query, stride, tile, shape, out);
   }
 }
 

@@ -67,12 +67,6 @@ KVARTO_INLINE Vec exp2(Vec x) {
   return zero_where_less(scale_by_power(p, shifted), x, lowest);
 }
 
-KVARTO_INLINE float exp2(float x) {
-  float lanes[WIDTH];
-  store(lanes, exp2(set1(x)));
-  return lanes[0];
-}
-
 // Within 4 ulp; exactly +-1 far out; NaN stays.
 KVARTO_INLINE Vec tanh(Vec x) {
   const Vec magnitude = max(x, sub(zero(), x)), one = set1(1.0f);

@@ -1,0 +1,66 @@
+// Query rows of one KV head times a tile of its keys.
+#pragma once
+
+#include "attention_ahead.h"
+#include "attention_rows.h"
+
+namespace kvarto {
+namespace KVARTO_ISA {
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls visit(Count<Q>, r) for rows r .. r + Q - 1, which share each load of K or V, until all have been visited.
+template <class Visit>
+KVARTO_INLINE void each_few(int64_t rows, Visit visit) {
+  for (int64_t r = 0, count; r < rows; r += count) {
+    const int64_t left = rows - r;
+    count = left == MAX_QUERY_ROWS + 1 ? left / 2 : smaller(MAX_QUERY_ROWS, left);  // 2 + 2 is quicker than 3 + 1
+    if (count == 1) visit(Count<1>(), r);
+    if (count == 2) visit(Count<2>(), r);
+    if constexpr (MAX_QUERY_ROWS >= 3)
+      if (count == 3) visit(Count<3>(), r);
+    if constexpr (MAX_QUERY_ROWS >= 4)
+      if (count == 4) visit(Count<4>(), r);
+  }
+}
+
+// scores[q][0..3] = query q . key rows 0..3; rows of scores are TILE apart.
+template <int Q, class T>
+KVARTO_INLINE void score_four(const float* query, const T* keys, int64_t stride, int64_t padded_dim, int64_t dim,
+                              float* scores) {
+  Vec sums[Q][4];
+  for (int q = 0; q < Q; ++q)
+    for (int r = 0; r < 4; ++r) sums[q][r] = zero();
+  for (int64_t d = 0; d < dim; d += WIDTH) {
+    Vec queries[Q];
+    for (int q = 0; q < Q; ++q) queries[q] = pinned(load(query + q * padded_dim + d));
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const Vec key = pinned(load(keys + r * stride + d));
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) sums[q][r] = fma(queries[q], key, sums[q][r]);
+    }
+  }
+  for (int q = 0; q < Q; ++q) reduce_add4(sums[q][0], sums[q][1], sums[q][2], sums[q][3], scores + q * TILE);
+}
+
+// The scores of a KV head's query rows, of which row r sees seen[r]. Around what a few rows see, rows of the cache are
+// scored in fours whatever they hold; softmax_step does away with those.
+template <class T>
+static void score(const float* query, const TileRows<T>& keys, const Span* seen, const Shape& shape, float* scores,
+                  Ahead* ahead) {
+  const int64_t dim = round_up(shape.dim, WIDTH);
+  each_few(shape.rows, [&](auto count, int64_t r) {
+    constexpr int Q = decltype(count)::value;
+    for (int64_t j = seen[r].begin / 4 * 4; j < seen[r + Q - 1].end; j += 4) {
+      score_four<Q>(query + r * shape.padded_dim, keys[j], keys.stride, shape.padded_dim, dim, scores + r * TILE + j);
+      if (ahead && r == 0) ahead->use(4 * keys.stride * (int64_t)sizeof(T));
+    }
+  });
+}
+
+}  // namespace KVARTO_ISA
+}  // namespace kvarto

@@ -1,0 +1,74 @@
+// The weighted sum of a tile of V for the query rows of one KV head.
+#pragma once
+
+#include "attention_scores.h"
+
+namespace kvarto {
+namespace KVARTO_ISA {
+
+// sums[q][d..] += weights[q][j] * values[j][d..] for j in order, in registers.
+template <int Q, int D, class T>
+KVARTO_INLINE void accumulate_columns(const float* weights, const TileRows<T>& values, Span rows, int64_t d, float* sums,
+                                      int64_t record, Ahead* ahead) {
+  Vec held[Q][D];
+  for (int q = 0; q < Q; ++q)
+    for (int n = 0; n < D; ++n) held[q][n] = load(sums + q * record + d + n * WIDTH);
+  for (int64_t j = rows.begin; j < rows.end;) {
+    const int64_t run_end = smaller(rows.end, (j / RUN + 1) * RUN);
+    const T* value_row = values[j] + d;
+    for (; j < run_end; ++j, value_row += values.stride) {
+      Vec weight[Q];
+      for (int q = 0; q < Q; ++q) weight[q] = set1(weights[q * TILE + j]);
+#pragma GCC unroll 8
+      for (int n = 0; n < D; ++n) {
+        const Vec value = pinned(load(value_row + n * WIDTH));
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) held[q][n] = fma(weight[q], value, held[q][n]);
+      }
+    }
+    if (ahead) ahead->use(RUN * D * WIDTH * (int64_t)sizeof(T));
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int n = 0; n < D; ++n) store(sums + q * record + d + n * WIDTH, held[q][n]);
+}
+
+template <int Q, class T>
+static void accumulate(const float* weights, const TileRows<T>& values, Span rows, int64_t dim, float* sums,
+                       int64_t record, Ahead* ahead) {
+  constexpr int D = Q == 1 ? 8 : 4;  // enough independent sums to hide the latency of an FMA
+  int64_t d = 0;
+  for (; d + D * WIDTH <= dim; d += D * WIDTH)
+    accumulate_columns<Q, D>(weights, values, rows, d, sums, record, ahead);
+  for (; d + 2 * WIDTH <= dim; d += 2 * WIDTH)
+    accumulate_columns<Q, 2>(weights, values, rows, d, sums, record, ahead);
+  for (; d < dim; d += WIDTH) accumulate_columns<Q, 1>(weights, values, rows, d, sums, record, ahead);
+}
+
+// Adds what a KV head's query rows see of V to their records, times the weights.
+template <class T>
+static void add_values(const float* weights, const TileRows<T>& values, const Span* seen, const Shape& shape,
+                       float* records, Ahead* ahead) {
+  const int64_t dim = round_up(shape.dim, WIDTH);
+  each_few(shape.rows, [&](auto count, int64_t first) {
+    constexpr int Q = decltype(count)::value;
+    const auto add = [&](auto few, int64_t r, Span rows, Ahead* pace) {
+      constexpr int N = decltype(few)::value;
+      if (rows.empty()) return;
+      accumulate<N>(weights + r * TILE, values, rows, dim, records + r * shape.record + RECORD_HEAD, shape.record,
+                    pace);
+    };
+    const int64_t last = first + Q - 1;
+    // What all see is read once for all; before and behind it, each goes alone, so that all add row after row.
+    const Span common = {seen[last].begin, seen[first].end};
+    if (common.empty()) {
+      for (int64_t r = first; r <= last; ++r) add(Count<1>(), r, seen[r], nullptr);
+      return;
+    }
+    for (int64_t r = first; r < last; ++r) add(Count<1>(), r, {seen[r].begin, common.begin}, nullptr);
+    add(count, first, common, first == 0 ? ahead : nullptr);
+    for (int64_t r = first + 1; r <= last; ++r) add(Count<1>(), r, {common.end, seen[r].end}, nullptr);
+  });
+}
+
+}  // namespace KVARTO_ISA
+}  // namespace kvarto
