@@ -47,11 +47,13 @@ static TileRows<float> widen(const TileRows<T>& rows, int64_t first, Span held, 
 template <class T>
 static void attend_piece(const KvartoAttention& call, const Sight& sight, const Shape& shape, const RowFinder& rows,
                          const Scratch& scratch, float* records, Ahead* ahead) {
+  using Query = typename QueryFor<T>::type;
   const Span all = {sight(0).begin, sight(shape.rows - 1).end};
   const Turn turn = {call.cos, call.sin, call.num_angles};
   const bool turned = sight.far && call.cos;
   // Many query rows pay for widening K and V once; and a last partial vector must not be read from the cache.
   const bool wide = !few_rows(shape) || shape.dim % WIDTH != 0;
+  const bool wide_keys = turned || (wide && sizeof(Query) == sizeof(float));
   RowScales scales;
   const Bend bend(call, QUANTIZED<T> ? &scales : nullptr);
   clear_all(shape, records);
@@ -65,13 +67,13 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
     }
     for (int64_t head = 0; head < shape.heads; ++head) {
       const TileRows<T> keys = rows.keys<T>(places, head);
-      const float* query = scratch.query + head * shape.rows * shape.padded_dim;
-      float* scores = scratch.weights + head * shape.rows * TILE;
-      if (wide || turned) {
+      const int64_t row = head * shape.rows, element = row * shape.padded_dim;
+      float* scores = scratch.weights + row * TILE;
+      if (wide_keys) {
         const auto widened = widen(keys, first, held, turned ? &turn : nullptr, shape, scratch.wide, ahead);
-        score(query, widened, scratch.seen, shape, scores, nullptr);
+        score(scratch.query + element, widened, scratch.seen, shape, scores, nullptr);
       } else {
-        score(query, keys, scratch.seen, shape, scores, ahead);
+        score((const Query*)scratch.query + element, keys, scratch.seen, shape, scores, ahead);
       }
     }
     for (int64_t head = 0; head < shape.heads; ++head) {
@@ -145,7 +147,8 @@ static void attend(const KvartoAttention& call, const AttentionTile& tile, float
   if (!tile.partial) clear_all(shape, scratch.running);
   bool loaded = false;
   each_piece(call, tile, shape, [&](const Sight& sight) {
-    if (!loaded) load_queries(call, tile, shape, sight.far, scratch.query);
+    if (sight.far && call.cos) load_queries(call, tile, shape, true, scratch.query);  // keys that were turned are floats
+    else if (!loaded) load_queries(call, tile, shape, sight.far, (typename QueryFor<T>::type*)scratch.query);
     loaded = !sight.far;
     attend_piece<T>(call, sight, shape, rows, scratch, records, sight.far ? nullptr : &ahead);
     if (tile.partial) {

@@ -48,7 +48,8 @@ struct Sight {
 
 // Per-thread memory; attention.cpp sizes it.
 struct Scratch {
-  float *query, *piece, *running;
+  float* query;  // or of another type, in as many elements
+  float *piece, *running;
   float* weights;  // of a tile, for all rows; first the scores
   float* wide;     // rows of a tile
   Span* seen;      // places in a tile, for the rows of a KV head
@@ -64,9 +65,21 @@ struct Scratch {
   }
 };
 
+// What queries are held as to be multiplied with the keys of a cache of T.
 template <class T>
+struct QueryFor {
+  using type = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct QueryFor<bf16> {
+  using type = bf16;
+};
+#endif
+
+template <class S, class T>
 static void load_queries_as(const KvartoAttention& call, const T* query, int64_t stride, const AttentionTile& tile,
-                            const Shape& shape, float* out) {
+                            const Shape& shape, S* out) {
   for (int64_t r = 0; r < shape.all_rows(); ++r) {
     const T* row = query + shape.element(call, tile, r, stride);
     for (int64_t d = 0; d < shape.padded_dim; d += WIDTH) {
@@ -76,9 +89,10 @@ static void load_queries_as(const KvartoAttention& call, const T* query, int64_t
   }
 }
 
-// Widened and zero-padded.
+// Zero-padded, and as S, which holds them exactly.
+template <class S>
 static void load_queries(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape, bool far,
-                         float* out) {
+                         S* out) {
   const void* query = far ? call.far_query : call.query;
   const int64_t stride = far ? call.far_query_stride : call.query_stride;
   switch (call.dtype) {
