@@ -19,27 +19,17 @@ static void clear_all(const Shape& shape, float* records) {
 
 static bool few_rows(const Shape& shape) { return shape.rows <= 2 * MAX_QUERY_ROWS; }
 
-// How the keys of far sinks are turned back; null: they are not.
-struct Turn {
-  const float *cos, *sin;
-  int64_t num_angles;
-};
-
-// Rows `held` of a tile as floats.
-template <class T>
-static TileRows<float> widen(const TileRows<T>& rows, int64_t first, Span held, const Turn* turn, const Shape& shape,
-                             float* wide, Ahead* ahead) {
+// A tile as floats; widen_row(place, row) widens each of the rows that are held.
+template <class T, class WidenRow>
+KVARTO_INLINE TileRows<float> widen(Span held, const Shape& shape, float* wide, Ahead* ahead, WidenRow widen_row) {
   for (int64_t j = held.begin; j < held.end; ++j) {
-    float* row = wide + j * shape.padded_dim;
-    widen_row(rows[j], shape.dim, row);
+    widen_row(j, wide + j * shape.padded_dim);
     if (ahead) ahead->use(shape.dim * (int64_t)sizeof(T));
-    const int64_t angles = turn ? (first + j) * turn->num_angles : 0;
-    if (turn) turn_back(row, turn->cos + angles, turn->sin + angles, turn->num_angles);
   }
-  TileRows<float> result;
-  for (int64_t i = 0; i < TILE / RUN; ++i) result.runs[i] = wide + i * RUN * shape.padded_dim;
-  result.stride = shape.padded_dim;
-  return result;
+  TileRows<float> rows;
+  for (int64_t i = 0; i < TILE / RUN; ++i) rows.runs[i] = wide + i * RUN * shape.padded_dim;
+  rows.stride = shape.padded_dim;
+  return rows;
 }
 
 // The KV rows of the sinks or of one chunk, into the records. Of each tile, all KV heads go through one phase after
@@ -49,7 +39,6 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
                          const Scratch& scratch, float* records, Ahead* ahead) {
   using Query = typename QueryFor<T>::type;
   const Span all = {sight(0).begin, sight(shape.rows - 1).end};
-  const Turn turn = {call.cos, call.sin, call.num_angles};
   const bool turned = sight.far && call.cos;
   // Many query rows pay for widening K and V once; and a last partial vector must not be read from the cache.
   const bool wide = !few_rows(shape) || shape.dim % WIDTH != 0;
@@ -70,7 +59,11 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
       const int64_t row = head * shape.rows, element = row * shape.padded_dim;
       float* scores = scratch.weights + row * TILE;
       if (wide_keys) {
-        const auto widened = widen(keys, first, held, turned ? &turn : nullptr, shape, scratch.wide, ahead);
+        const auto widened = widen<T>(held, shape, scratch.wide, ahead, [&](int64_t j, float* key) {
+          widen_key(keys[j], shape.dim, key);
+          const int64_t angles = (first + j) * call.num_angles;
+          if (turned) turn_back(key, call.cos + angles, call.sin + angles, call.num_angles);
+        });
         score(scratch.query + element, widened, scratch.seen, shape, scores, nullptr);
       } else {
         score((const Query*)scratch.query + element, keys, scratch.seen, shape, scores, ahead);
@@ -89,7 +82,9 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
       const float* weights = scratch.weights + row * TILE;
       float* sums = records + row * shape.record;
       if (wide) {
-        const auto widened = widen(values, first, held, nullptr, shape, scratch.wide, ahead);
+        const auto widened = widen<T>(held, shape, scratch.wide, ahead, [&](int64_t j, float* value) {
+          widen_value(values[j], shape.dim, value);
+        });
         add_values(weights, widened, scratch.seen, shape, sums, nullptr);
       } else {
         add_values(weights, values, scratch.seen, shape, sums, ahead);
@@ -109,8 +104,12 @@ static void write_out_as(const KvartoAttention& call, const AttentionTile& tile,
                          const float* record) {
   const Vec inverse = set1(1.0f / reduce_add(load(record + RECORD_SUM)));
   T* out = (T*)call.out + shape.element(call, tile, r, call.num_heads * shape.dim);
-  for (int64_t d = 0; d < shape.dim; d += WIDTH)
-    store_some(out + d, mul(load(record + RECORD_HEAD + d), inverse), shape.dim - d);
+  for (int64_t d = 0; d < shape.dim; d += 2 * WIDTH) {
+    Vec low, high;
+    load_sums(record + RECORD_HEAD, call.cache.dtype, d, shape.dim, low, high);
+    store_some(out + d, mul(low, inverse), shape.dim - d);
+    if (shape.dim - d > WIDTH) store_some(out + d + WIDTH, mul(high, inverse), shape.dim - d - WIDTH);
+  }
 }
 
 static void write_out(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape, int64_t r,

@@ -103,7 +103,7 @@ static void load_queries(const KvartoAttention& call, const AttentionTile& tile,
 }
 
 template <class T>
-static void widen_row(const T* in, int64_t dim, float* out) {
+static void widen_key(const T* in, int64_t dim, float* out) {
   for (int64_t d = 0; d < dim; d += WIDTH) store(out + d, load_some(in + d, dim - d));
 }
 

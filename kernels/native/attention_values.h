@@ -1,4 +1,5 @@
-// The weighted sum of a tile of V for the query rows of one KV head.
+// The weighted sum of a tile of V for the query rows of one KV head. Sums lie as load_pair gives columns: it widens
+// two vectors of bf16 in two instructions if it may have even and odd columns apart. load_sums puts that right.
 #pragma once
 
 #include "attention_scores.h"
@@ -19,11 +20,20 @@ KVARTO_INLINE void accumulate_columns(const float* weights, const TileRows<T>& v
     for (; j < run_end; ++j, value_row += values.stride) {
       Vec weight[Q];
       for (int q = 0; q < Q; ++q) weight[q] = set1(weights[q * TILE + j]);
-#pragma GCC unroll 8
-      for (int n = 0; n < D; ++n) {
-        const Vec value = pinned(load(value_row + n * WIDTH));
+      const auto add = [&](int n, Vec column) __attribute__((always_inline)) {
+        column = pinned(column);
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; ++q) held[q][n] = fma(weight[q], value, held[q][n]);
+        for (int q = 0; q < Q; ++q) held[q][n] = fma(weight[q], column, held[q][n]);
+      };
+      if constexpr (D == 1) {
+        add(0, load(value_row));
+      } else {
+#pragma GCC unroll 4
+        for (int n = 0; n < D; n += 2) {
+          Vec low, high;
+          load_pair(value_row + n * WIDTH, low, high);
+          add(n, low), add(n + 1, high);
+        }
       }
     }
     if (ahead) ahead->use(RUN * D * WIDTH * (int64_t)sizeof(T));
@@ -42,6 +52,24 @@ static void accumulate(const float* weights, const TileRows<T>& values, Span row
   for (; d + 2 * WIDTH <= dim; d += 2 * WIDTH)
     accumulate_columns<Q, 2>(weights, values, rows, d, sums, record, ahead);
   for (; d < dim; d += WIDTH) accumulate_columns<Q, 1>(weights, values, rows, d, sums, record, ahead);
+}
+
+// A row as floats, which lie as its sums are to lie.
+template <class T>
+static void widen_value(const T* in, int64_t dim, float* out) {
+  int64_t d = 0;
+  for (; d + 2 * WIDTH <= dim; d += 2 * WIDTH) {
+    Vec low, high;
+    load_pair(in + d, low, high);
+    store(out + d, low), store(out + d + WIDTH, high);
+  }
+  for (; d < dim; d += WIDTH) store(out + d, load_some(in + d, dim - d));
+}
+
+// Columns d .. d + 2 * WIDTH of sums of values of cache_dtype.
+KVARTO_INLINE void load_sums(const float* sums, int32_t cache_dtype, int64_t d, int64_t dim, Vec& low, Vec& high) {
+  low = load(sums + d), high = load(sums + d + WIDTH);
+  if (cache_dtype == KVARTO_BF16 && d + 2 * WIDTH <= dim) interleave(low, high);
 }
 
 // Adds what a KV head's query rows see of V to their records, times the weights.
