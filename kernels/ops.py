@@ -149,7 +149,7 @@ def paged_attention(
 
     Query i of the n of a sequence stands at row `kv_len - n + i` and sees what `mask` shows it from there. Query head h
     reads KV head `h // (num_heads // num_kv_heads)`. Rows that no query of a sequence sees (slots past its kv_len, rows
-    behind its window) are never read, whatever they hold, and what a query does not see has no part in its result.
+    behind its window) may hold anything, and what a query does not see has no part in its result.
 
     On the native backends the bits of a query's result depend only on that query and on the rows it sees: not on
     the batch, the chunking of the prefill, the blocks and block_size, or the number of threads. With Triton this holds

@@ -8,6 +8,7 @@ namespace KVARTO_ISA {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NEG_INFINITY = -__builtin_inff();
+static_assert(TILE % WIDTH == 0 && WIDTH <= RECORD_HEAD - RECORD_SUM, "a tile and a sum fit into vectors");
 
 // What is done to scores before the softmax, and to weights after it.
 struct Bend {

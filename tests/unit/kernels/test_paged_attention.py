@@ -87,8 +87,26 @@ def test_bits_do_not_depend_on_the_batch_or_the_threads(
 
 @pytest.mark.usefixtures("native_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_how_a_prefill_is_cut(dtype: torch.dtype) -> None:
-    whole = make_batch([(700, 700)], dtype)
+def test_bits_do_not_depend_on_the_other_heads(dtype: torch.dtype) -> None:
+    batch = make_batch(RAGGED, dtype, (6, 3))
+    together = batch.run()
+    for head in range(3):
+        ours = slice(2 * head, 2 * head + 2)
+        alone = replace(
+            batch,
+            queries=[query[:, ours] for query in batch.queries],
+            keys=[rows[:, head : head + 1] for rows in batch.keys],
+            values=[rows[:, head : head + 1] for rows in batch.values],
+            cache=batch.cache[:, :, :, head : head + 1].contiguous(),
+        )
+        assert torch.equal(alone.run(), together[:, ours])
+
+
+@pytest.mark.usefixtures("native_backend")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 72, 80])
+def test_bits_do_not_depend_on_how_a_prefill_is_cut(head_dim: int, dtype: torch.dtype) -> None:
+    whole = make_batch([(700, 700)], dtype, head_dim=head_dim)
     expected = whole.run()
     cuts = [0, 1, 2, 33, 300, 511, 512, 513, 699, 700]
     pieces = [whole.only(0, first, last).run() for first, last in pairwise(cuts)]
