@@ -30,14 +30,6 @@ STEPS = [9, 20, 1, 1, 1, 3, 1, 1, 12, 1, 1, 1]
 SHAPES = [(5, 1), (8, 8), (11, 4), (20, 3), (4, 9)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama")

@@ -38,14 +38,6 @@ MODELS = {
 STEPS = [(5, 0), (1, 9), (1, 8), (1, 1), (1, 1)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_model(directory, shard_size="50GB", **changes) -> LlamaForCausalLM:
     """9 query heads on 3 KV heads unless `changes` say otherwise; every weight random, saved to `directory`."""
     settings = {"vocab_size": 330, "hidden_size": 72, "intermediate_size": 160, "num_hidden_layers": 2,

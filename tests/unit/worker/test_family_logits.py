@@ -28,14 +28,6 @@ LONG_FACTORS = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": 
 REPLICATED = re.compile(r"norm|ln_|wpe|moe\.gate")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=models.MODELS)
 def saved(request, tmp_path_factory):
     """(directory, what Transformers continues the prompts with, its logits there)."""

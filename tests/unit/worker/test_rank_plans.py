@@ -35,13 +35,6 @@ DRAWN = SamplingParams(seed=11, temperature=1.5, logprobs=3, max_tokens=50, freq
 BEAM = SamplingParams(beam_width=3, temperature=0.0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """(directory, the model as Transformers has it)."""
