@@ -16,8 +16,7 @@ _spec = importlib.util.spec_from_file_location("async_llm_world", Path(__file__)
 assert _spec and _spec.loader
 world_module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(world_module)
-fake, World = world_module.fake, world_module.World
-FakeConnection, ByteTokenizer = world_module.FakeConnection, world_module.ByteTokenizer
+World = world_module.World
 params, finished, outcome, run = world_module.params, world_module.finished, world_module.outcome, world_module.run
 
 
