@@ -2,6 +2,7 @@
 #pragma once
 
 #include "abi.h"
+#include "sparsity.h"
 
 namespace kvarto {
 
@@ -9,6 +10,7 @@ struct Isa {
   const char* name;
   const AttentionKernels* attention;
   const LinearKernels* linear;
+  const ScoreKernels* scores;
 };
 
 // Null unless isa was built and this processor runs it.
