@@ -99,8 +99,8 @@ class StepPlan(Struct, kw_only=True, omit_defaults=True, tag="plan"):
     """Per KV group; empty: none in any group."""
     forks: list[SequenceFork] = []
     suspends: list[int] = []
-    """With `KVSparsity.keeps_scores`, sequences that are swapped out: what a rank keeps beside their blocks, row by row,
-    stays until they start again, or end."""
+    """With `KVSparsity.keeps_scores`, sequences that are swapped out: what a rank keeps beside their blocks, row by
+    row, stays until they start again, or end."""
     ends: list[int] = []
     starts: list[SequenceStart] = []
     steps: list[SequenceStep] = []

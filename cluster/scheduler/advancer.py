@@ -52,8 +52,7 @@ class Advancer:
         self.reserved -= 1
         num_tokens = sequence.num_uncomputed_tokens
         if num_tokens > 1:
-            num_tokens = self.chunk(sequence, sequence.num_computed_tokens, min(
-                num_tokens, self.num_left))
+            num_tokens = self.chunk(sequence, sequence.num_computed_tokens, min(num_tokens, self.num_left))
         if 0 < num_tokens <= self.budget:
             self._compute(sequence, num_tokens)
 
@@ -73,8 +72,8 @@ class Advancer:
             self._release_behind_windows(sequence, busy_until=sequence.last_step_id)
             if not sequence.has_begun and (group.is_forked or sequence is not group.live[0]):
                 continue
-            num_tokens = self.chunk(sequence, sequence.num_computed_tokens, min(
-                sequence.num_uncomputed_tokens, budget))
+            most = min(sequence.num_uncomputed_tokens, budget)
+            num_tokens = self.chunk(sequence, sequence.num_computed_tokens, most)
             if num_tokens > 0:
                 wanted.append((sequence, num_tokens))
                 budget -= num_tokens
@@ -95,13 +94,12 @@ class Advancer:
                 continue
             match = self.match(sequence)
             num_cached = len(match) * self._space.block_size
-            num_tokens = self.chunk(sequence, num_cached, min(
-                sequence.num_tokens - num_cached, self.num_left))
+            num_tokens = self.chunk(sequence, num_cached, min(sequence.num_tokens - num_cached, self.num_left))
             if num_tokens <= 0:
                 return
             target = num_cached + num_tokens
-            growth = self._space.blocks_for(target) - len(match) + self._space.blocks_for(
-                self._num_kept(sequence, num_cached, target))
+            num_fresh = self._space.blocks_for(self._num_kept(sequence, num_cached, target))
+            growth = self._space.blocks_for(target) - len(match) + num_fresh
             need = [count + growth for count in self._space.num_to_take(match)]
             if not self._make_room(group, need, may_be_victim=not drafted):
                 return

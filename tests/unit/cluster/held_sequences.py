@@ -165,7 +165,8 @@ class HeldSequences:
                 num_blocks = -(-compaction.num_kept // self.block_size)
                 num_rows = self.rows(step.seq_id) + step.num_tokens
                 assert 0 < compaction.num_kept < num_rows, "a compaction drops nothing, or everything"
-                assert [len(new) for new in compaction.new_block_ids] == [num_blocks] * len(self.kv_groups)
+                assert [len(new) for new in compaction.new_block_ids] == [num_blocks] * len(self.kv_groups), (
+                    "too many blocks, or too few, for what a compaction keeps")
 
     def _forget(self, seq_id: int) -> None:
         del self.tables[seq_id], self.computed[seq_id], self.dropped[seq_id], self._num_passed[seq_id]

@@ -301,7 +301,7 @@ class MemoryModelRank:
                 self._check_read(step.seq_id, group, seen_from, end)
 
     def _check_read(self, seq_id: int, group: int, begin: int, end: int) -> None:
-        """The rows from `begin` to `end` hold what the sequence has put there, or somebody with its prefix."""
+        """The rows (positions, where none is dropped) from `begin` to `end` hold what the sequence has put there, or somebody with its prefix."""
         size, device, table = self.block_size, self.devices[group], self.held.tables[seq_id][group]
         chain = self.texts[seq_id].chain
         while begin < end:
@@ -310,7 +310,7 @@ class MemoryModelRank:
             if group:
                 wanted = [number + group for number in wanted]
             assert device[table[begin // size]][begin % size: begin % size + stop - begin] == wanted, (
-                f"sequence {seq_id} reads what is not its own in rows {begin} to {stop} of KV group {group}")
+                f"sequence {seq_id} reads what is not its own in positions {begin} to {stop} of KV group {group}")
             begin = stop
 
     def _numbers(self, seq_id: int, begin: int, end: int) -> list[int]:

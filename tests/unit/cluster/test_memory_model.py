@@ -288,7 +288,7 @@ def test_rows_that_come_back_from_a_wrong_block_are_found():
 
 
 @pytest.mark.parametrize(("num_kept", "blocks", "message"), [
-    (6, [3, 4], "drops nothing"), (3, [2], "reads or fills"), (3, [3, 4], ""), (5, [3, 3], "one block")])
+    (6, [3, 4], "drops nothing"), (3, [2], "reads or fills"), (3, [3, 4], "too many blocks"), (5, [3, 3], "one block")])
 def test_a_compaction_that_makes_no_sense_is_found(num_kept, blocks, message):
     with pytest.raises(AssertionError, match=message):
         compacted(num_kept, blocks)

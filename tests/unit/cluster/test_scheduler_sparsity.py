@@ -160,10 +160,11 @@ def test_prompt_logprobs_are_of_the_whole_prompt(policy):
 # -- preemption ------------------------------------------------------------------------------------------------------
 
 
-def crowded(policy="tova", num_host_blocks=10, num_blocks=9, **options):
-    """Two requests that drop rows in blocks for less than both."""
+def crowded(policy="tova", num_host_blocks=10, num_blocks=7, **options):
+    """Two requests in blocks for less than both. The second drops rows of its prompt; then the first needs its blocks.
+    """
     world = sparse(policy, num_blocks=num_blocks, num_host_blocks=num_host_blocks, **options)
-    world.add("a", length=20, max_tokens=30)
+    world.add("a", length=8, max_tokens=30)
     world.add("b", length=20, max_tokens=30)
     return world
 
@@ -180,25 +181,22 @@ def test_whatever_the_room_everybody_comes_to_the_same_tokens(policy, depth, num
 
 @POLICIES
 def test_a_sequence_that_has_dropped_rows_is_swapped_whatever_is_cheaper(policy):
-    world = crowded(policy, num_blocks=7)
+    world = crowded(policy)
     world.finish()
     assert world.preemptions[0] >= 1 and world.scheduler.preemptor.num_rechosen == 0
 
 
 def test_one_that_comes_back_says_how_many_rows_its_blocks_hold():
-    world = sparse(num_host_blocks=4)
-    world.add("a", length=20, max_tokens=5)
-    world.step()
-    world.step()
-    world.preempt("a")
-    world.step()
-    world.schedule()
-    starts = [start for plan in world.plans[1:] for start in plan.starts]
-    assert [(start.num_computed_tokens, start.num_dropped_tokens) for start in starts] == [(21, 4)]
+    world = crowded()
+    world.finish()
+    back = [(start, step) for plan in world.plans for start in plan.starts for step in plan.steps
+            if step.seq_id == start.seq_id and start.num_dropped_tokens]
+    (start, step), = back
+    assert start.num_computed_tokens - start.num_dropped_tokens == 24 - 1 and len(step.new_block_ids[0]) == 3
 
 
 def test_what_the_ranks_keep_of_a_swapped_sequence_stays_until_it_comes_back():
-    world = crowded("h2o", num_blocks=7)
+    world = crowded("h2o")
     world.finish()
     suspends = [seq_id for plan in world.plans for seq_id in plan.suspends]
     assert suspends and not world.rank.held.suspended
@@ -206,7 +204,7 @@ def test_what_the_ranks_keep_of_a_swapped_sequence_stays_until_it_comes_back():
 
 
 def test_what_the_ranks_keep_of_a_swapped_sequence_goes_when_it_is_cancelled():
-    world = crowded("h2o", num_blocks=7)
+    world = crowded("h2o")
     while not world.rank.held.suspended:
         world.step()
     world.cancel("b")
@@ -216,19 +214,19 @@ def test_what_the_ranks_keep_of_a_swapped_sequence_goes_when_it_is_cancelled():
 
 def test_another_victim_is_taken_where_the_host_has_no_room():
     """The last in line has dropped rows and fits the host no more; the one before it has dropped none."""
-    world = sparse(num_blocks=9, num_host_blocks=1, interval=24)
+    world = sparse(num_blocks=10, num_host_blocks=1, interval=24)
     world.add("a", length=17, max_tokens=40)
     world.add("b", length=8, max_tokens=40)
     world.add("c", length=17, max_tokens=40)
     while not sum(world.preemptions):
         world.step()
-    assert (world.groups["b"].status.value != "running", world.scheduler.preemptor.num_rechosen) == (True, 0)
+    assert (world.running, world.scheduler.preemptor.num_rechosen) == (["a", "c"], 0)
     world.finish()
     check_tokens(world)
 
 
 def test_as_a_last_resort_rows_are_chosen_again_and_that_is_counted():
-    world = crowded(num_host_blocks=0, num_blocks=7)
+    world = crowded(num_host_blocks=0)
     world.finish()
     status = Accounting(world.scheduler, [1000]).status()
     assert status["num_rechosen"] == status["num_preemptions_by_recompute"] > 0
@@ -237,7 +235,7 @@ def test_as_a_last_resort_rows_are_chosen_again_and_that_is_counted():
 
 @POLICIES
 def test_what_is_computed_again_drops_rows_at_the_same_lengths(policy):
-    world = crowded(policy, num_host_blocks=0, num_blocks=7)
+    world = crowded(policy, num_host_blocks=0)
     world.finish()
     alone = sparse(policy)
     alone.add("b", length=20, max_tokens=30)
