@@ -301,7 +301,8 @@ class MemoryModelRank:
                 self._check_read(step.seq_id, group, seen_from, end)
 
     def _check_read(self, seq_id: int, group: int, begin: int, end: int) -> None:
-        """The rows (positions, where none is dropped) from `begin` to `end` hold what the sequence has put there, or somebody with its prefix."""
+        """The rows from `begin` to `end`, positions where none is dropped, hold what the sequence has put there, or
+        somebody with its prefix."""
         size, device, table = self.block_size, self.devices[group], self.held.tables[seq_id][group]
         chain = self.texts[seq_id].chain
         while begin < end:
