@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..protos.errors import InvalidRequestError, PromptTooLongError
 from ..protos.request import EngineInfo, KVPool
 from ..protos.sampling import SamplingParams
+from .block_space.sparsity import Sparsity
 from .block_space.windows import enough_blocks
 
 MAX_CACHE_SALT = 1024
@@ -75,7 +76,11 @@ def _longest(num_prompt: int, num_seqs: int, pool: KVPool, info: EngineInfo) -> 
         return info.max_model_len
     # The sequences share the full blocks of the prompt; of the rest each takes the same whole number of blocks.
     shared = num_prompt // info.block_size
-    return (shared + (pool.num_blocks - shared) // num_seqs) * info.block_size
+    fits = (shared + (pool.num_blocks - shared) // num_seqs) * info.block_size
+    if info.kv_sparsity is None:
+        return fits
+    return Sparsity(info.kv_sparsity, info.block_size).longest(
+        num_prompt, num_seqs, pool.num_blocks, fits, info.max_model_len)
 
 
 def _counted(params: SamplingParams) -> str:

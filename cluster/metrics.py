@@ -45,6 +45,9 @@ class Metrics:
                 ("prefix_queried_tokens", "Prompt tokens that were looked up in the prefix cache"),
                 ("prefix_hit_tokens", "Prompt tokens that were found in the prefix cache"),
                 ("num_copied_blocks", "Blocks copied on write"),
+                ("num_compactions", "Sequences compacted to the rows of kv_sparsity_budget"),
+                ("num_dropped_rows", "Rows of sequences that compactions dropped"),
+                ("num_rechosen", "Groups that had dropped rows and were computed again, for want of host memory"),
                 ("swap_out_bytes", "Bytes moved to host memory: swapped sequences and cached blocks that fall"),
                 ("swap_in_bytes", "Bytes moved from host memory: swapped sequences and cached blocks that are found"),
                 ("swap_seconds", "Seconds that rank 0 spent on block moves"))}

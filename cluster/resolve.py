@@ -14,6 +14,7 @@ from .attention_pattern import apply_pattern, longest
 from .block_space import BlockSpace
 from .block_space.disk_keys import hash_key, stored_keys
 from .block_space.sizing import num_blocks, num_disk_blocks, num_host_blocks
+from .block_space.sparsity import most_seqs
 from .engine.engine import Engine
 from .engine.transport import WorkerGroupLink
 from .metrics import Metrics
@@ -39,7 +40,7 @@ class Resolved:
             epoch=epoch, block_size=config.block_size, max_model_len=self.max_model_len,
             max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
             num_threads=self.threads_per_rank, step_timeout_s=config.step_timeout_s, lease_s=config.lease_s,
-            kv_cache_dtype=config.kv_cache_dtype,
+            kv_cache_dtype=config.kv_cache_dtype, kv_sparsity=config.sparsity,
             kv_disk_path=config.kv_disk_path and os.path.abspath(config.kv_disk_path))
 
     def blocks(self, ranks: list[RankReady]) -> tuple[list[int], list[int]]:
@@ -58,17 +59,17 @@ class Resolved:
             ranks[0].kv_groups, blocks, config.block_size, num_host_blocks=host_blocks,
             enable_prefix_caching=config.enable_prefix_caching, hash_key=hash_key(config.kv_disk_path),
             eviction_policy=config.eviction_policy, disk_capacity=num_disk_blocks(config, ranks),
-            stored_keys=stored, orphaned_keys=orphaned)
+            stored_keys=stored, orphaned_keys=orphaned, sparsity=config.sparsity)
         info = EngineInfo(
             epoch=epoch, max_model_len=self.max_model_len, vocab_size=self.model.vocab_size,
-            max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
+            max_num_seqs=most_seqs(config.sparsity, config.max_num_seqs, config.max_num_batched_tokens),
             kv_capacity_tokens=space.capacity_tokens, block_size=config.block_size,
             max_num_batched_tokens=config.max_num_batched_tokens,
             kv_pools=[KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks)
                       for count, group in zip(blocks, ranks[0].kv_groups, strict=True)],
             num_host_blocks=min(host_blocks), kernels=ranks[0].kernels, dtype=self.dtype,
             kv_cache_dtype=self.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
-            tp_size=config.tensor_parallel_size, num_groups=config.num_worker_groups)
+            tp_size=config.tensor_parallel_size, num_groups=config.num_worker_groups, kv_sparsity=config.sparsity)
         scheduler = Scheduler(
             space, SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens), epoch=epoch,
             eos_token_ids=frozenset(self.model.eos_token_ids), num_ranks=len(ranks),
@@ -96,11 +97,16 @@ def resolve(config: EngineConfig, model: ModelConfig, *, has_cuda: bool) -> Reso
     for key, registry in (("preemption_mode", PREEMPTION), ("victim_policy", VICTIM), ("eviction_policy", EVICTION),
                           ("watermark_policy", WATERMARK)):
         pick(registry, key, getattr(config, key))
+    # A window that no sequence outgrows is none.
+    length = config.max_model_len or model.max_position_embeddings
+    if config.sparsity and any(window is not None and window < length for window in model.layer_windows):
+        raise ConfigError(f"kv_sparsity={config.kv_sparsity!r} chooses among all tokens, and {model.path} has layers "
+                          "that see the last ones only: use kv_sparsity='none'", param="kv_sparsity")
     device = config.device if config.device != "auto" else "cuda" if has_cuda else "cpu"
     cores = len(os.sched_getaffinity(0))
     return Resolved(
         config=config, model=model, device=device, dtype=model.torch_dtype if config.dtype == "auto" else config.dtype,
-        max_model_len=config.max_model_len or model.max_position_embeddings,
+        max_model_len=length,
         threads_per_rank=config.threads_per_rank or max(
             1, cores // (config.tensor_parallel_size * config.num_worker_groups)))
 

@@ -22,6 +22,11 @@ STATUS_MESSAGES = {
     4: "block_tables: sequence {} names a block outside the cache",
     5: "slot_mapping: the slot of token {} is outside the cache",
     6: "pairs: pair {} names a block outside its tensor",
+    7: "num_scored: sequence {} has fewer queries, or the count is negative",
+    8: "num_kept: sequence {} names fewer rows, its target table has no room, or the count is negative",
+    9: "rows: sequence {} keeps a row outside its source table",
+    10: "source_tables: sequence {} names a block outside the cache",
+    11: "target_tables: sequence {} names a block outside the cache",
 }
 
 
@@ -62,9 +67,9 @@ def _resolve(chosen: str, library: NativeLibrary | None) -> str:
     return chosen
 
 
-def triton_launch() -> ModuleType:
+def triton_launch(module: str = "launch") -> ModuleType:
     """What launches the Triton kernels; not imported before it is needed, since Triton may not be there."""
-    return importlib.import_module(".triton.launch", __package__)
+    return importlib.import_module(f".triton.{module}", __package__)
 
 
 def native_library() -> NativeLibrary:

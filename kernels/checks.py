@@ -62,6 +62,17 @@ def check_row_dtype(label: str, rows: Tensor, cache: Tensor) -> None:
         raise TypeError(f"{label} must be {cache.dtype}, got {rows.dtype}")
 
 
+def check_query(query: Tensor, cache: Tensor, shape: CacheShape) -> None:
+    if query.dim() != 3 or query.shape[2] != shape.head_dim or query.shape[1] % shape.num_kv_heads != 0:
+        raise ValueError(
+            f"query must be [num_tokens, a multiple of {shape.num_kv_heads} KV heads, {shape.head_dim}], "
+            f"got {list(query.shape)}"
+        )
+    check_row_dtype("query", query, cache)
+    check("query", query, query.dtype, query.shape, cache.device)
+    token_stride("query", query)
+
+
 def check_far_sinks(far: FarSinks, mask: Mask, query: Tensor) -> None:
     if mask.window is None or mask.num_sinks == 0:
         raise ValueError(f"far_sinks need a mask with a window and sinks, got {mask}")
@@ -120,6 +131,23 @@ def dense_blocks(label: str, tensor: Tensor) -> None:
         raise ValueError(f"{label} must be [num_blocks, ...], got a scalar")
     if tensor.numel() > 0 and not tensor[0].is_contiguous():
         raise ValueError(f"{label} must have dense blocks, got strides {tensor.stride()}")
+
+
+def checked_tables(label: str, tables: Tensor, num_seqs: int, device: torch.device) -> Tensor:
+    if tables.dim() != 2:
+        raise ValueError(f"{label} must be [num_seqs, max_blocks], got {list(tables.shape)}")
+    check(label, tables, torch.int32, (num_seqs, tables.shape[1]), device)
+    return dense(tables, label)
+
+
+def checked_ragged(
+    block_tables: Tensor, query_start_loc: Tensor, kv_lens: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_seqs = kv_lens.numel()
+    check("kv_lens", kv_lens, torch.int32, (num_seqs,), device)
+    block_tables = checked_tables("block_tables", block_tables, num_seqs, device)
+    check("query_start_loc", query_start_loc, torch.int32, (num_seqs + 1,), device)
+    return block_tables, dense(query_start_loc, "query_start_loc"), dense(kv_lens, "kv_lens")
 
 
 def checked_pairs(pairs: list[tuple[int, int]] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

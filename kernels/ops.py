@@ -21,9 +21,11 @@ from .checks import (
     check,
     check_device,
     check_far_sinks,
+    check_query,
     check_row_dtype,
     checked_cache,
     checked_pairs,
+    checked_ragged,
     dense,
     dense_blocks,
     token_stride,
@@ -72,7 +74,7 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
     library = native_library()
     detail = ctypes.c_int64()
     status = library.write_kv(
-        _native_cache(cache, shape),
+        native_cache(cache, shape),
         key.data_ptr(),
         value.data_ptr(),
         dense(slot_mapping, "slot_mapping").data_ptr(),
@@ -176,28 +178,13 @@ def paged_attention(
             contradict one another (Triton trusts the values, because the host does not wait for the device).
     """
     name = backend(cache.device.type)
-    shape, device = checked_cache(cache, layer, name), cache.device
-    if query.dim() != 3 or query.shape[2] != shape.head_dim or query.shape[1] % shape.num_kv_heads != 0:
-        raise ValueError(
-            f"query must be [num_tokens, a multiple of {shape.num_kv_heads} KV heads, {shape.head_dim}], "
-            f"got {list(query.shape)}"
-        )
-    check_row_dtype("query", query, cache)
-    check("query", query, query.dtype, query.shape, device)
-    token_stride("query", query)
+    shape = checked_cache(cache, layer, name)
+    check_query(query, cache, shape)
     if far_sinks is not None:
         check_far_sinks(far_sinks, mask, query)
-    num_seqs = kv_lens.numel()
-    if block_tables.dim() != 2:
-        raise ValueError(f"block_tables must be [num_seqs, max_blocks], got {list(block_tables.shape)}")
-    check("kv_lens", kv_lens, torch.int32, (num_seqs,), device)
-    check("block_tables", block_tables, torch.int32, (num_seqs, block_tables.shape[1]), device)
-    check("query_start_loc", query_start_loc, torch.int32, (num_seqs + 1,), device)
+    ragged = checked_ragged(block_tables, query_start_loc, kv_lens, cache.device)
     if name == REFERENCE:
-        return reference.paged_attention(
-            query, cache, layer, block_tables, query_start_loc, kv_lens, scale, mask, far_sinks
-        )
-    ragged = (dense(block_tables, "block_tables"), dense(query_start_loc, "query_start_loc"), dense(kv_lens, "kv_lens"))
+        return reference.paged_attention(query, cache, layer, *ragged, scale, mask, far_sinks)
     if name == TRITON:
         launch = triton_launch()
         attended: Tensor = launch.paged_attention(
@@ -206,13 +193,13 @@ def paged_attention(
         return attended
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     library, detail = native_library(), ctypes.c_int64()
-    call = _native_attention(query, _native_cache(cache, shape), layer, ragged, scale, mask, far_sinks, out)
+    call = native_attention(query, native_cache(cache, shape), layer, ragged, scale, mask, far_sinks, out)
     call.isa = library.isas[name]
     raise_for(library.paged_attention(call, detail), detail.value)
     return out
 
 
-def _native_attention(
+def native_attention(
     query: Tensor,
     cache: NativeCache,
     layer: int,
@@ -253,5 +240,5 @@ def _native_attention(
     )
 
 
-def _native_cache(cache: Tensor, shape: CacheShape) -> NativeCache:
+def native_cache(cache: Tensor, shape: CacheShape) -> NativeCache:
     return NativeCache(cache.data_ptr(), *shape, CACHE_DTYPE_NUMBERS[cache.dtype])

@@ -66,7 +66,7 @@ def paged_attention(
 ) -> Tensor:
     block_size = cache.shape[4]
     starts, lens = query_start_loc.tolist(), kv_lens.tolist()
-    _check_ragged(starts, lens, query.shape[0], block_tables.shape[1] * block_size)
+    check_ragged(starts, lens, query.shape[0], block_tables.shape[1] * block_size)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for seq, kv_len in enumerate(lens):
         begin, end = starts[seq], starts[seq + 1]
@@ -78,7 +78,7 @@ def paged_attention(
         block_ids = block_tables[seq, seen // block_size].long()
         if ((block_ids < 0) | (block_ids >= cache.shape[0])).any():
             raise ValueError(f"block_tables: sequence {seq} names a block outside the cache")
-        keys, values = _read(cache, layer, block_ids, seen % block_size)
+        keys, values = read_rows(cache, layer, block_ids, seen % block_size)
         far = None
         if far_sinks is not None:
             far = FarSinks(far_sinks.query[begin:end].float(), far_sinks.cos, far_sinks.sin)
@@ -87,7 +87,7 @@ def paged_attention(
     return out
 
 
-def _read(cache: Tensor, layer: int, block_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def read_rows(cache: Tensor, layer: int, block_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """K and V, `[num_kv_heads, num_rows, head_dim]` float32, of the rows at those offsets in those blocks."""
     if quantized(cache.dtype):
         codes, scales = codes_and_scales(cache)
@@ -111,7 +111,7 @@ def _attend(
 ) -> Tensor:
     num_queries, num_heads, head_dim = query.shape
     group = num_heads // keys.shape[0]
-    scores = _dots(query, keys) * scale  # [num_kv_heads, group, num_queries, num_rows]
+    scores = dots(query, keys) * scale  # [num_kv_heads, group, num_queries, num_rows]
     row, query_row = key_positions, positions[:, None]
     seen = row <= query_row
     if mask.window is not None:
@@ -123,7 +123,7 @@ def _attend(
                 count = int(sinks.sum())  # they are the first rows, from 0 on
                 turned = keys.clone()
                 turned[:, :count] = _turn_back(keys[:, :count], far_sinks.cos[:count], far_sinks.sin[:count])
-            scores = torch.where(sinks & ~near, _dots(far_sinks.query, turned) * scale, scores)
+            scores = torch.where(sinks & ~near, dots(far_sinks.query, turned) * scale, scores)
     if mask.soft_cap is not None:
         scores = mask.soft_cap * (scores / mask.soft_cap).tanh()
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
@@ -135,7 +135,7 @@ def _attend(
     return out.permute(2, 0, 1, 3).reshape(num_queries, group * keys.shape[0], head_dim)
 
 
-def _dots(query: Tensor, keys: Tensor) -> Tensor:
+def dots(query: Tensor, keys: Tensor) -> Tensor:
     num_queries, _, head_dim = query.shape
     grouped = query.reshape(num_queries, keys.shape[0], -1, head_dim).permute(1, 2, 0, 3)
     return grouped @ keys.unsqueeze(1).transpose(-1, -2)
@@ -148,7 +148,7 @@ def _turn_back(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), -1)
 
 
-def _check_ragged(starts: list[int], lens: list[int], num_tokens: int, max_rows: int) -> None:
+def check_ragged(starts: list[int], lens: list[int], num_tokens: int, max_rows: int) -> None:
     if starts[0] != 0 or starts[-1] != num_tokens:
         raise ValueError(f"query_start_loc must run from 0 to {num_tokens} tokens, got {starts[0]} to {starts[-1]}")
     for seq, kv_len in enumerate(lens):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError
+from .sparsity import MIN_BUDGET, OBSERVATION_WINDOW, KVSparsity
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -38,6 +39,13 @@ class EngineConfig(BaseModel):
     attention_sinks: Annotated[int, Field(ge=0)] | None = Field(
         None, description="First tokens that stay visible; default: 4 with streaming_llm, 10 with lm_infinite; "
         "longformer needs it.")
+    kv_sparsity: Literal["none", "h2o", "snapkv", "tova"] = Field(
+        "none", description="Keep only the rows of the KV cache that matter most. snapkv: of the prompt, by its last "
+        "queries; h2o: by the attention of every query so far; tova: by that of the last query.")
+    kv_sparsity_budget: Annotated[int, Field(ge=MIN_BUDGET)] | None = Field(
+        None, description="Rows that every layer and head keeps, with a kv_sparsity other than none.")
+    kv_sparsity_interval: Positive = Field(
+        64, description="Rows that h2o and tova let a sequence gain beyond the budget before it is compacted again.")
     block_size: Positive = Field(16, description="Tokens of a KV-cache block; a power of two from 8 to 128.")
     num_blocks: Positive | None = Field(
         None, description="KV-cache blocks of a worker group; default: what the memory that may be used allows.")
@@ -105,6 +113,7 @@ class EngineConfig(BaseModel):
         if self.attention_pattern == "longformer" and not self.attention_sinks:
             raise ValueError("attention_pattern='longformer' needs attention_sinks: how many of the first tokens are "
                              "global")
+        self._check_sparsity()
         if self.preemption_mode == "swap" and self.swap_space_bytes == 0:
             raise ValueError("preemption_mode='swap' needs host memory: leave swap_space_bytes unset or above 0")
         if self.kv_disk_path is not None and not (self.enable_prefix_caching and self.swap_space_bytes != 0):
@@ -115,6 +124,35 @@ class EngineConfig(BaseModel):
         if self.executor == "inline" and self.num_worker_groups > 1:
             raise ValueError("executor='inline' runs one worker group: use executor='ray' for num_worker_groups > 1")
         return self
+
+    def _check_sparsity(self) -> None:
+        policy = self.kv_sparsity
+        if policy == "none":
+            if self.kv_sparsity_budget is not None:
+                raise ValueError("kv_sparsity_budget goes with a kv_sparsity: choose h2o, snapkv or tova")
+            return
+        if self.kv_sparsity_budget is None:
+            raise ValueError(f"kv_sparsity={policy!r} needs kv_sparsity_budget: how many rows are kept")
+        if self.attention_pattern != "model":
+            raise ValueError(f"kv_sparsity={policy!r} and attention_pattern={self.attention_pattern!r} do not go "
+                             "together: both say which tokens are seen; use one of them")
+        if self.preemption_mode == "recompute" or self.swap_space_bytes == 0:
+            raise ValueError(f"kv_sparsity={policy!r} needs host memory to preempt by swapping, because what was "
+                             "dropped decides which tokens follow: leave preemption_mode and swap_space_bytes unset")
+        if self.kv_disk_path is not None:
+            raise ValueError(f"kv_sparsity={policy!r} and kv_disk_path do not go together: use one of them")
+        if policy == "snapkv" and self.max_num_batched_tokens < OBSERVATION_WINDOW:
+            raise ValueError(f"kv_sparsity='snapkv' computes the last {OBSERVATION_WINDOW} tokens of a prompt in one "
+                             f"step: max_num_batched_tokens must be at least {OBSERVATION_WINDOW}")
+
+    @property
+    def sparsity(self) -> KVSparsity | None:
+        """What `kv_sparsity` and its keys come to."""
+        if self.kv_sparsity == "none" or self.kv_sparsity_budget is None:
+            return None
+        return KVSparsity(
+            policy=self.kv_sparsity, budget=self.kv_sparsity_budget, interval=self.kv_sparsity_interval,
+            window=OBSERVATION_WINDOW if self.kv_sparsity == "snapkv" else 1)
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:

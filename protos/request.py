@@ -7,6 +7,7 @@ from typing import Any
 from msgspec import Struct
 
 from .sampling import SamplingParams
+from .sparsity import KVSparsity
 from .step import TokenLogprobs
 
 
@@ -137,3 +138,4 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     """Of the KV cache: a dtype, or how it is quantized."""
     tp_size: int
     num_groups: int
+    kv_sparsity: KVSparsity | None = None

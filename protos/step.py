@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from .model import KVGroupSpec, ModelConfig
 from .sampling import SamplingParams
+from .sparsity import KVSparsity
 
 
 class SequenceStart(Struct, kw_only=True, omit_defaults=True):
@@ -22,17 +23,33 @@ class SequenceStart(Struct, kw_only=True, omit_defaults=True):
     """Prompt, then what was generated so far."""
     num_prompt_tokens: int
     num_computed_tokens: int = 0
-    """Tokens whose keys and values are already in the blocks named by the first `SequenceStep`."""
+    """Tokens whose keys and values are already in the blocks named by the first `SequenceStep`, those that compactions
+    have dropped included."""
+    num_dropped_tokens: int = 0
+    """The blocks hold so many rows fewer than there are computed tokens: `Compaction`."""
     params: SamplingParams
 
 
 class SequenceFork(Struct, kw_only=True, omit_defaults=True):
-    """A sequence that begins as a copy of one that the ranks hold: its tokens, its block tables and how far it is
-    computed. The parameters are the parent's."""
+    """A sequence that begins as a copy of one that the ranks hold: its tokens, its block tables, how far it is computed
+    and how many rows it has dropped. The parameters are the parent's. A copy of a suspended one is suspended."""
 
     seq_id: int
     parent_seq_id: int
     seq_index: int
+
+
+class Compaction(Struct, kw_only=True):
+    """Once the step is computed, every layer and KV head writes `num_kept` of the rows that it holds, its own choice in
+    their order, into the new blocks. These become the sequence's whole block table, before siblings copy it.
+
+    From then on it has more positions than rows: token p goes to row `p - dropped`, and is at position p for all that
+    turns or learns positions.
+    """
+
+    num_kept: int
+    new_block_ids: list[list[int]]
+    """Per KV group. No move and no step of the plan reads them."""
 
 
 class SequenceStep(Struct, kw_only=True, omit_defaults=True):
@@ -49,6 +66,7 @@ class SequenceStep(Struct, kw_only=True, omit_defaults=True):
     sequences still read; the plan's `copies` bring its contents (copy-on-write). Empty: it is written in place."""
     token_ids: list[int] = []
     """Appended to the sequence before it is computed: tokens of a beam, which the Head chooses."""
+    compaction: Compaction | None = None
 
 
 class BlockMoves(Struct, kw_only=True, omit_defaults=True):
@@ -80,6 +98,9 @@ class StepPlan(Struct, kw_only=True, omit_defaults=True, tag="plan"):
     moves: list[BlockMoves] = []
     """Per KV group; empty: none in any group."""
     forks: list[SequenceFork] = []
+    suspends: list[int] = []
+    """With `KVSparsity.keeps_scores`, sequences that are swapped out: what a rank keeps beside their blocks, row by
+    row, stays until they start again, or end."""
     ends: list[int] = []
     starts: list[SequenceStart] = []
     steps: list[SequenceStep] = []
@@ -195,6 +216,7 @@ class RankConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     lease_s: float
     kv_cache_dtype: str = "auto"
     """`auto`: as `dtype`; `int8`, `fp8`: quantized, with one scale per token and head."""
+    kv_sparsity: KVSparsity | None = None
     kv_disk_path: str | None = None
     """Directory of the disk tier; None: there is none."""
 

@@ -10,6 +10,7 @@ from ..kernels import FarSinks, Mask, PackedLinear, linear, paged_attention, rot
 from .batch import ForwardBatch
 from .far_sinks import FarAngles
 from .norms import Norm
+from .observer import Observer
 from .rope import Angles
 
 
@@ -33,9 +34,9 @@ class Attention:
     o: PackedLinear
 
     def __call__(self, x: torch.Tensor, angles: list[Angles], far: list[FarAngles | None], batch: ForwardBatch,
-                 caches: list[torch.Tensor]) -> torch.Tensor:
-        """Writes K and V of `x` into the cache. `far`: of every KV group. Returns what this rank adds to the sum over
-        ranks."""
+                 caches: list[torch.Tensor], observer: Observer | None) -> torch.Tensor:
+        """Writes K and V of `x` into the cache; then `observer` looks. `far`: of every KV group. Returns what this rank
+        adds to the sum over ranks."""
         # x: [num_tokens, hidden_size]; qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
         num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
         qkv = linear(x, self.qkv).view(x.shape[0], num_heads + 2 * num_kv_heads, self.head_dim)
@@ -54,4 +55,6 @@ class Attention:
         write_kv(key, value, cache, place, batch.slot_mapping[self.group])
         attended = paged_attention(query, cache, place, batch.block_tables[self.group], batch.query_start_loc,
                                    batch.kv_lens, self.scale, self.mask, far_sinks)
+        if observer is not None:
+            observer.look(query, cache, place, self.scale, self.mask.soft_cap)
         return linear(attended.flatten(1), self.o)

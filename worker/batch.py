@@ -20,7 +20,7 @@ class ForwardBatch:
     token_ids: torch.Tensor
     """`[T]` int64."""
     positions: torch.Tensor
-    """`[T]` int64, rotary positions."""
+    """`[T]` int64, in the text: what rotary or learned positions go by."""
     query_start_loc: torch.Tensor
     """`[S + 1]` int32: sequence s owns rows `query_start_loc[s] : query_start_loc[s + 1]`."""
     kv_lens: torch.Tensor
@@ -44,6 +44,8 @@ class SequenceTable:
         self.num_blocks = np.zeros((num_kv_groups, num_rows), np.int64)
         self.num_tokens = np.zeros(num_rows, np.int64)
         self.num_computed = np.zeros(num_rows, np.int64)
+        self.num_dropped = np.zeros(num_rows, np.int64)
+        """By compactions: token p of a sequence is in KV row p - num_dropped of its blocks."""
         self._rows: dict[int, int] = {}
         self._free = list(range(num_rows - 1, -1, -1))
 
@@ -54,6 +56,7 @@ class SequenceTable:
         self.token_ids[row, :count] = start.token_ids
         self.num_tokens[row] = count
         self.num_computed[row] = start.num_computed_tokens
+        self.num_dropped[row] = start.num_dropped_tokens
         self.num_blocks[:, row] = 0
         return row
 
@@ -65,6 +68,7 @@ class SequenceTable:
         self.token_ids[row, :count] = self.token_ids[parent, :count]
         self.num_tokens[row] = count
         self.num_computed[row] = self.num_computed[parent]
+        self.num_dropped[row] = self.num_dropped[parent]
         self.num_blocks[:, row] = self.num_blocks[:, parent]
         for table in self.block_tables:
             table[row] = table[parent]
@@ -99,10 +103,20 @@ class SequenceTable:
             self.block_tables[group][row, begin: begin + len(block_ids)] = block_ids
             self.num_blocks[group, row] += len(block_ids)
         for group, block_id in enumerate(step.copied_block_ids):
-            self.block_tables[group][row, self.num_computed[row] // self.block_size] = block_id
+            next_row = self.num_computed[row] - self.num_dropped[row]
+            self.block_tables[group][row, next_row // self.block_size] = block_id
         begin = self.num_tokens[row]
         self.token_ids[row, begin: begin + len(step.token_ids)] = step.token_ids
         self.num_tokens[row] += len(step.token_ids)
+
+    def compact(self, seq_id: int, num_kept: int, new_block_ids: list[list[int]]) -> None:
+        """A sequence holds `num_kept` KV rows from now on, in these blocks alone."""
+        row = self._rows[seq_id]
+        for group, block_ids in enumerate(new_block_ids):
+            self.block_tables[group][row] = 0
+            self.block_tables[group][row, :len(block_ids)] = block_ids
+            self.num_blocks[group, row] = len(block_ids)
+        self.num_dropped[row] = self.num_computed[row] - num_kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +124,22 @@ class StepLayout:
     """A step's rows and extents, S sequences in plan order, before they become tensors."""
 
     rows: Ints
+    """Of the `SequenceTable`."""
     begins: Ints
     """First position computed in this step."""
     counts: Ints
+    dropped: Ints
+    """How many positions before `begins` have no KV row any more."""
     query_start_loc: Ints
 
     @property
     def ends(self) -> Ints:
         return self.begins + self.counts
+
+    @property
+    def row_ends(self) -> Ints:
+        """KV rows that each sequence holds once the step is computed."""
+        return self.ends - self.dropped
 
 
 def lay_out(steps: list[SequenceStep], table: SequenceTable) -> StepLayout:
@@ -129,15 +151,15 @@ def lay_out(steps: list[SequenceStep], table: SequenceTable) -> StepLayout:
     counts = np.array([step.num_tokens for step in steps], np.int64)
     query_start_loc = np.zeros(len(steps) + 1, np.int64)
     np.cumsum(counts, out=query_start_loc[1:])
-    return StepLayout(rows, table.num_computed[rows], counts, query_start_loc)
+    return StepLayout(rows, table.num_computed[rows], counts, table.num_dropped[rows], query_start_loc)
 
 
 def build(layout: StepLayout, table: SequenceTable, device: torch.device) -> ForwardBatch:
     """The tensors of a step."""
     token_rows = np.repeat(layout.rows, layout.counts)
     positions = np.arange(len(token_rows)) + np.repeat(layout.begins - layout.query_start_loc[:-1], layout.counts)
-    max_blocks = -(-int(layout.ends.max()) // table.block_size)
-    block_index, offset = positions // table.block_size, positions % table.block_size
+    max_blocks = -(-int(layout.row_ends.max()) // table.block_size)
+    block_index, offset = np.divmod(positions - np.repeat(layout.dropped, layout.counts), table.block_size)
 
     def tensor(array: npt.NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(array).to(device, dtype)
@@ -146,7 +168,7 @@ def build(layout: StepLayout, table: SequenceTable, device: torch.device) -> For
         token_ids=tensor(table.token_ids[token_rows, positions], torch.int64),
         positions=tensor(positions, torch.int64),
         query_start_loc=tensor(layout.query_start_loc, torch.int32),
-        kv_lens=tensor(layout.ends, torch.int32),
+        kv_lens=tensor(layout.row_ends, torch.int32),
         block_tables=[tensor(blocks[layout.rows, :max_blocks], torch.int32) for blocks in table.block_tables],
         slot_mapping=[
             tensor(blocks[token_rows, block_index].astype(np.int64) * table.block_size + offset, torch.int64)

@@ -17,6 +17,7 @@ from .kv_groups import block_bytes, cache_shape, kv_groups
 from .layout import TPLayout
 from .mlp import Experts, Mlp
 from .norms import Norm
+from .observer import Observer
 from .rope import rotary_tables
 from .shard import ShardReader
 from .weights import WeightSource
@@ -83,9 +84,11 @@ class Decoder:
         return cls(config, layout, shard, device, comm, max_model_len)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, caches: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, caches: list[torch.Tensor], observer: Observer | None = None,
+                ) -> torch.Tensor:
         """Run the batch, writing its K and V into `caches` (one per KV group, `cache_shape`). Returns
         `[T, hidden_size]` in the model's dtype, the final norm applied; the same on every rank. An inference tensor.
+        `observer` looks at the attention of every layer.
 
         Raises `UnavailableError` when another rank is gone.
         """
@@ -97,7 +100,7 @@ class Decoder:
         addend: torch.Tensor | None = None
         for layer in self._layers:
             normed = layer.attention_norm(x, addend)
-            part = layer.attention(normed, angles, far, batch, caches)
+            part = layer.attention(normed, angles, far, batch, caches, observer)
             if self._parallel:
                 mlp_part = layer.mlp(normed if layer.mlp_norm is None else layer.mlp_norm(x))
                 addend = self._sum(part + mlp_part, layer.mlp_post_norm)

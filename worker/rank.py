@@ -9,8 +9,9 @@ import time
 import torch
 
 from ..kernels import backend
+from ..protos.errors import ConfigError
 from ..protos.step import RankConfig, RankCosts, RankReady, SequenceFork, StepPlan, StepResult
-from .batch import SequenceTable, build, lay_out
+from .batch import SequenceTable, StepLayout, build, lay_out
 from .block_mover import BlockMover
 from .collectives import Communicator
 from .costs import measure_costs
@@ -22,6 +23,7 @@ from .layout import TPLayout
 from .memory import available_bytes
 from .pool_memory import empty_pool
 from .sampling import Sampler
+from .sparsity import Sparsity
 from .step_sampling import StepSampling
 from .weights import open_weights
 
@@ -54,6 +56,12 @@ class Rank:
         vocab = self._layout.vocab
         sampler = Sampler(comm, vocab_start=vocab.start, local_vocab=len(vocab))
         self._sampling = StepSampling(self._decoder, sampler, self._table, self._device)
+        self._sparsity: Sparsity | None = None
+        if config.kv_sparsity is not None:
+            if len(groups) > 1 or groups[0].window is not None:
+                raise ConfigError("kv_sparsity does not go with layers that have a window", param="kv_sparsity")
+            self._sparsity = Sparsity(
+                config.kv_sparsity, self._layout, config.model.total_num_kv_heads, comm, self._table)
 
     def measure(self) -> RankCosts:
         """Time copies and a forward pass, which takes some tenths of a second. All ranks of a group at once."""
@@ -88,16 +96,18 @@ class Rank:
             result.move_seconds = time.perf_counter() - started
         for fork in plan.forks:
             self._fork(fork)
+        for seq_id in plan.suspends:
+            self._suspend(seq_id)
         for seq_id in plan.ends:
-            self._table.end(seq_id)
-            self._sampling.end(seq_id)
+            self._end(seq_id)
         for start in plan.starts:
             self._table.start(start)
             self._sampling.start(start)
+            if self._sparsity is not None:
+                self._sparsity.start(start)
         if plan.steps:
             layout = lay_out(plan.steps, self._table)
-            hidden = self._decoder.forward(build(layout, self._table, self._device), self._caches)
-            self._table.num_computed[layout.rows] = layout.ends
+            hidden = self._forward(plan, layout)
             for sibling in plan.siblings:
                 self._fork(sibling)
             self._sampling.finish(plan, layout, hidden, result)
@@ -108,6 +118,35 @@ class Rank:
         """Leave the group: collectives that wait for this rank fail."""
         self._comm.close()
 
+    def _forward(self, plan: StepPlan, layout: StepLayout) -> torch.Tensor:
+        """Compute the step, and compact what it says. Returns `[T, hidden_size]`."""
+        batch = build(layout, self._table, self._device)
+        observer = self._sparsity.observer(plan.steps, layout, batch) if self._sparsity is not None else None
+        hidden = self._decoder.forward(batch, self._caches, observer)
+        self._table.num_computed[layout.rows] = layout.ends
+        if self._sparsity is not None and observer is not None:
+            self._sparsity.finish(plan.steps, layout, observer, self._caches[0])
+        return hidden
+
     def _fork(self, fork: SequenceFork) -> None:
+        if self._sparsity is not None:
+            self._sparsity.fork(fork)
+            if self._sparsity.is_suspended(fork.seq_id):
+                return
         self._table.fork(fork)
         self._sampling.fork(fork)
+
+    def _suspend(self, seq_id: int) -> None:
+        if self._sparsity is None:
+            raise ValueError(f"sequence {seq_id} cannot be suspended: nothing is kept of it")
+        self._sparsity.suspend(seq_id)
+        self._table.end(seq_id)
+        self._sampling.end(seq_id)
+
+    def _end(self, seq_id: int) -> None:
+        suspended = self._sparsity is not None and self._sparsity.is_suspended(seq_id)
+        if self._sparsity is not None:
+            self._sparsity.end(seq_id)
+        if not suspended:
+            self._table.end(seq_id)
+            self._sampling.end(seq_id)

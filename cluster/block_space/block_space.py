@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
-from ...protos.errors import KvartoError
+from ...protos.errors import ConfigError, KvartoError
 from ...protos.model import KVGroupSpec
+from ...protos.sparsity import KVSparsity
 from ...protos.step import BlockMoves
 from ..policies import EVICTION, pick
 from .block_pool import BlockPool, State
@@ -15,6 +16,7 @@ from .plan_moves import PlanMoves
 from .prefix_keys import PrefixKeys
 from .prefix_match import Match, PrefixMatcher
 from .sequence_blocks import SequenceBlocks
+from .sparsity import Sparsity
 from .swapping import Swapper
 from .tiers import Tiers
 from .windows import Need, Windows
@@ -38,10 +40,10 @@ class BlockSpace:
         self, kv_groups: list[KVGroupSpec], num_blocks: list[int], block_size: int, *,
         num_host_blocks: list[int] | None = None, enable_prefix_caching: bool = False, hash_key: bytes = b"",
         eviction_policy: str = "lru", disk_capacity: int = 0, stored_keys: Iterable[bytes] = (),
-        orphaned_keys: Iterable[bytes] = (),
+        orphaned_keys: Iterable[bytes] = (), sparsity: KVSparsity | None = None,
     ) -> None:
         """`hash_key` is the secret of the prefix keys; `disk_capacity` and what follows as in `Tiers`. Raises
-        `ConfigError` for an unknown policy."""
+        `ConfigError` for an unknown policy, and for sparsity where a KV group has a window."""
         eviction = pick(EVICTION, "eviction_policy", eviction_policy)
         self.kv_groups = kv_groups
         self.block_size = block_size
@@ -54,12 +56,17 @@ class BlockSpace:
         self.tiers = Tiers(self.devices, self.hosts, self.moves, disk_capacity=disk_capacity, stored_keys=stored_keys,
                            orphaned_keys=orphaned_keys)
         self.windows = Windows(kv_groups, block_size)
+        self.sparsity = Sparsity(sparsity, block_size) if sparsity else None
+        if self.sparsity and self.windows.any:
+            raise ConfigError("kv_sparsity does not go with layers that have a window", param="kv_sparsity")
         self._matcher = PrefixMatcher(self.devices, self.hosts, self.moves, self.windows, block_size)
         self._swapper = Swapper(self.devices, self.hosts, self.moves)
         self.live: dict[int, SequenceBlocks] = {}
         """Sequences that hold blocks."""
         self.num_unused_slots = 0
         """Slots of device blocks in use that hold no token, of one KV group."""
+        self.num_compactions = 0
+        self.num_dropped_rows = 0
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -172,6 +179,7 @@ class BlockSpace:
                 elif entry < 0:
                     host.take(-entry)
         child.num_tokens, child.capacity = parent.num_tokens, parent.capacity
+        child.num_dropped = parent.num_dropped
         child.num_behind = list(parent.num_behind)
         child.root, child.keys, child.num_keyed = parent.root, list(parent.keys), parent.num_keyed
         parent.may_share_tail = child.may_share_tail = parent.may_share_tail or parent.num_tokens < parent.capacity
@@ -191,19 +199,36 @@ class BlockSpace:
                     self.num_unused_slots -= blocks.capacity - blocks.num_tokens
                 is_tail = False
             table.clear()
-        blocks.num_tokens = blocks.capacity = blocks.num_keyed = 0
+        blocks.num_tokens = blocks.capacity = blocks.num_keyed = blocks.num_dropped = 0
         blocks.num_behind = [0] * len(blocks.tables)
         blocks.may_share_tail = False
         self.live.pop(blocks.seq_id, None)
 
+    def compact(self, blocks: SequenceBlocks, num_kept: int, *, busy_until: int) -> list[list[int]]:
+        """Bring `num_kept` of the rows of a sequence into fresh blocks, which are returned per KV group and make up its
+        tables from now on. `busy_until`: the plan that reads the others. The caller has checked that there is room."""
+        fresh = [[device.allocate() for _ in range(self.blocks_for(num_kept))] for device in self.devices]
+        num_gone, num_dropped = blocks.num_tokens - num_kept, blocks.num_dropped
+        self.free(blocks, busy_until=busy_until)
+        blocks.tables = [list(table) for table in fresh]
+        blocks.num_tokens, blocks.num_dropped = num_kept, num_dropped + num_gone
+        blocks.capacity = len(fresh[0]) * self.block_size
+        self.num_unused_slots += blocks.capacity - num_kept
+        self.live[blocks.seq_id] = blocks
+        self.num_compactions += 1
+        self.num_dropped_rows += num_gone
+        return fresh
+
     # -- sharing by content --------------------------------------------------------------------------------------
 
-    def match(self, blocks: SequenceBlocks, token_ids: list[int]) -> Match:
-        """The most cached blocks that `token_ids` can begin with, leaving at least one token to compute."""
+    def match(self, blocks: SequenceBlocks, token_ids: list[int], most: int | None = None) -> Match:
+        """The most cached blocks that `token_ids` can begin with, leaving at least one token to compute, and all after
+        the first `most`."""
         if blocks.root is None:
             return []
         self.prefix_keys.extend(blocks.keys, blocks.root, token_ids, len(token_ids))
-        return self._matcher.find(blocks.keys[: (len(token_ids) - 1) // self.block_size])
+        most = len(token_ids) - 1 if most is None else min(len(token_ids) - 1, most)
+        return self._matcher.find(blocks.keys[: most // self.block_size])
 
     def refresh(self, match: Match) -> None:
         """Host blocks of a match are now the last to be evicted."""
@@ -244,10 +269,11 @@ class BlockSpace:
     def offer(self, blocks: SequenceBlocks, token_ids: list[int]) -> None:
         """Let others find the full blocks of a sequence whose tokens are known: `token_ids` and nothing else fill them.
 
-        Blocks that the plan being made fills count: whoever finds them reads them after that.
+        Blocks that the plan being made fills count: whoever finds them reads them after that. Those of a sequence that
+        has dropped rows hold no prefix.
         """
         num_full = min(blocks.num_tokens, len(token_ids)) // self.block_size
-        if blocks.root is None or num_full <= blocks.num_keyed:
+        if blocks.root is None or blocks.num_dropped or num_full <= blocks.num_keyed:
             return
         self.prefix_keys.extend(blocks.keys, blocks.root, token_ids, num_full * self.block_size)
         for group, table in enumerate(blocks.tables):

@@ -37,6 +37,7 @@ def check_integrity(space: Space) -> None:
     tails: dict[int, int] = {}
     for seq_id, blocks in space.live.items():
         assert blocks.seq_id == seq_id
+        assert not (blocks.num_dropped and blocks.num_keyed), f"sequence {seq_id} offers what is no prefix"
         assert blocks.capacity == space.blocks_for(blocks.num_tokens) * space.block_size, f"capacity of {seq_id}"
         for group, table in enumerate(blocks.tables):
             assert table and len(table) * space.block_size == blocks.capacity, f"table of sequence {seq_id}"

@@ -14,7 +14,9 @@ class SequenceBlocks:
     """Per KV group: a positive entry is a device block, a negative one the host block of that number, and 0 the null
     block: none is needed there any more. A last block that is not full is never 0."""
     num_tokens: int = 0
-    """Slots filled, by the plans sent so far and the one being made."""
+    """Slots filled, by the plans sent so far and the one being made: rows."""
+    num_dropped: int = 0
+    """Tokens computed whose rows compactions have dropped: token p is in slot p - num_dropped."""
     capacity: int = 0
     """Slots of the blocks held."""
     may_share_tail: bool = False
@@ -24,7 +26,7 @@ class SequenceBlocks:
     keys: list[bytes] = field(default_factory=list)
     """Of the full blocks of the tokens known, as far as they were needed."""
     num_keyed: int = 0
-    """Leading blocks that were found by their key or offered under it."""
+    """Leading blocks that were found by their key or offered under it; none once rows are dropped."""
     priority: int = 0
     """Of the request: eviction may heed it."""
     num_behind: list[int] = field(init=False)

@@ -63,6 +63,9 @@ class Accounting:
             "num_preemptions": preemptor.num_swaps + preemptor.num_recomputes,
             "num_preemptions_by_swap": preemptor.num_swaps,
             "num_preemptions_by_recompute": preemptor.num_recomputes,
+            "num_compactions": scheduler.space.num_compactions,
+            "num_dropped_rows": scheduler.space.num_dropped_rows,
+            "num_rechosen": preemptor.num_rechosen,
             "block_copy_s": preemptor.costs.block_copy_s,
             "prefill_token_s": preemptor.costs.prefill_token_s,
         }
@@ -80,6 +83,7 @@ class Accounting:
         sequences = [
             {"request_id": group.request.request_id, "seq_index": sequence.index, "status": group.status.value,
              "num_tokens": sequence.num_tokens, "num_computed_tokens": sequence.num_computed_tokens,
+             "num_dropped_tokens": sequence.blocks.num_dropped,
              "block_tables": [list(table) for table in sequence.blocks.tables]}
             for group in self._scheduler.groups for sequence in group.live if sequence.has_begun]
         return {"block_size": space.block_size, "kv_groups": space_map(space), "sequences": sequences,

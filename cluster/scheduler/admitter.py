@@ -8,7 +8,7 @@ from .advancer import Advancer
 from .disk_loads import DiskLoads
 from .preemptor import Preemptor
 from .queues import Queues
-from .sequence import SequenceGroup, Status
+from .sequence import Sequence, SequenceGroup, Status
 
 
 class Admitter:
@@ -53,12 +53,13 @@ class Admitter:
                 match = self._find(group)
                 if match is None:
                     return True
-                need = self._need(group, match)
-                if not advancer.waits_for_blocks and self._space.answer(need) is Answer.OK:
-                    self._start(group, match)
-                    return True
-                if advancer.waits_for_blocks or self._space.answer(need, count_releasing=True) is Answer.OK:
-                    return False
+                if self._has_chunk(group, match):
+                    need = self._need(group, match)
+                    if not advancer.waits_for_blocks and self._space.answer(need) is Answer.OK:
+                        self._start(group, match)
+                        return True
+                    if advancer.waits_for_blocks or self._space.answer(need, count_releasing=True) is Answer.OK:
+                        return False
             victim = self._preemptor.pick_victim(group, only_lower_priority=True) if advancer.may_preempt else None
             if victim is not None:
                 advancer.displace(victim)
@@ -87,22 +88,49 @@ class Admitter:
                 return None
         return match
 
+    def _has_chunk(self, group: SequenceGroup, match: Match) -> bool:
+        """Whether what is left of the budget holds the tokens that a group begins with, which may have to be computed
+        together: what begins is named by the plan that brings its blocks."""
+        if group.status is Status.SWAPPED or self._space.sparsity is None:
+            return True
+        leader, num_cached = group.live[0], len(match) * self._space.block_size
+        most = min(leader.num_tokens - num_cached, self._advancer.num_left)
+        return self._advancer.chunk(leader, num_cached, most) > 0
+
     def _need(self, group: SequenceGroup, match: Match) -> Need:
         """Blocks that must be there for a group to start: its next tokens included, and the watermark."""
         space, num_running = self._space, len(self._queues.running)
         if group.status is Status.SWAPPED:
             begun = [sequence for sequence in group.live if sequence.has_begun]
-            growth = space.num_missing([(s.blocks, s.num_computed_tokens + s.num_uncomputed_tokens) for s in begun])
+            growth = self._growth(begun)
             held = space.num_to_swap_in([sequence.blocks for sequence in begun])
             num_seqs = len(begun)
         else:
-            growth = [space.blocks_for(group.live[0].num_tokens) - len(match)] * len(space.devices)
+            leader = group.live[0]
+            num_blocks = space.blocks_for(leader.num_tokens) if space.sparsity is None else (
+                space.sparsity.blocks_to_reach(leader.num_prompt_tokens, 0, 0, leader.num_tokens))
+            growth = [num_blocks - len(match)] * len(space.devices)
             held, num_seqs = space.num_to_take(match), 1
         # What is computed at the end of a long prompt takes the place of its beginning where a window has passed that.
         need = space.windows.cap([one + other for one, other in zip(held, growth, strict=True)], num_seqs,
                                  self._max_num_batched_tokens)
         return [count + self._watermark(device.num_blocks, num_running)
                 for count, device in zip(need, space.devices, strict=True)]
+
+    def _growth(self, begun: list[Sequence]) -> Need:
+        """Blocks that the next tokens of swapped sequences take, as far as one compaction."""
+        space = self._space
+        if space.sparsity is None:
+            return space.num_missing([(s.blocks, s.num_computed_tokens + s.num_uncomputed_tokens) for s in begun])
+        targets, num_fresh = [], 0
+        for sequence in begun:
+            num_computed, num_dropped = sequence.num_computed_tokens, sequence.blocks.num_dropped
+            target = num_computed + sequence.num_uncomputed_tokens
+            stop = space.sparsity.next_compaction(sequence.num_prompt_tokens, num_computed, num_dropped)
+            if stop is not None and stop <= target:
+                target, num_fresh = stop, num_fresh + space.blocks_for(space.sparsity.spec.budget)
+            targets.append((sequence.blocks, target - num_dropped))
+        return [count + num_fresh for count in space.num_missing(targets)]
 
     def _start(self, group: SequenceGroup, match: Match) -> None:
         if group.status is Status.SWAPPED:

@@ -29,9 +29,13 @@ class Advancer:
         """False once the plan names groups behind those whose turn it is."""
 
     @property
+    def num_left(self) -> int:
+        """Tokens of the budget beside those kept for running sequences."""
+        return self.budget - self.reserved
+
+    @property
     def has_budget(self) -> bool:
-        """Whether a token is left beside those kept for running sequences."""
-        return self.budget > self.reserved
+        return self.num_left > 0
 
     def displace(self, victim: SequenceGroup) -> None:
         """Preempt a group whose turn has not come."""
@@ -48,24 +52,32 @@ class Advancer:
         self.reserved -= 1
         num_tokens = sequence.num_uncomputed_tokens
         if num_tokens > 1:
-            num_tokens = min(num_tokens, self.budget - self.reserved)
+            num_tokens = self.chunk(sequence, sequence.num_computed_tokens, min(num_tokens, self.num_left))
         if 0 < num_tokens <= self.budget:
             self._compute(sequence, num_tokens)
+
+    def chunk(self, sequence: Sequence, num_computed: int, most: int) -> int:
+        """How many of the next `most` tokens of a sequence, which has computed so many, one step computes."""
+        sparsity = self._space.sparsity
+        if sparsity is None or most <= 0:
+            return most
+        return sparsity.chunk(sequence.num_prompt_tokens, num_computed, sequence.blocks.num_dropped, most)
 
     def _advance_many(self, group: SequenceGroup) -> None:
         """Sequences that share blocks are drafted together, so that none of them is taken for a victim half-way."""
         self.reserved -= group.num_seats
         wanted: list[tuple[Sequence, int]] = []
-        budget = self.budget - self.reserved
+        budget = self.num_left
         for sequence in group.live:
             self._release_behind_windows(sequence, busy_until=sequence.last_step_id)
             if not sequence.has_begun and (group.is_forked or sequence is not group.live[0]):
                 continue
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            most = min(sequence.num_uncomputed_tokens, budget)
+            num_tokens = self.chunk(sequence, sequence.num_computed_tokens, most)
             if num_tokens > 0:
                 wanted.append((sequence, num_tokens))
                 budget -= num_tokens
-        need = self._space.num_missing([(s.blocks, s.num_computed_tokens + n) for s, n in wanted])
+        need = self._need([(sequence, sequence.num_computed_tokens + num_tokens) for sequence, num_tokens in wanted])
         if wanted and not self._make_room(group, need):
             return
         for sequence, num_tokens in wanted:
@@ -82,10 +94,12 @@ class Advancer:
                 continue
             match = self.match(sequence)
             num_cached = len(match) * self._space.block_size
-            num_tokens = min(sequence.num_tokens - num_cached, self.budget - self.reserved)
+            num_tokens = self.chunk(sequence, num_cached, min(sequence.num_tokens - num_cached, self.num_left))
             if num_tokens <= 0:
                 return
-            growth = self._space.blocks_for(num_cached + num_tokens) - len(match)
+            target = num_cached + num_tokens
+            num_fresh = self._space.blocks_for(self._num_kept(sequence, num_cached, target))
+            growth = self._space.blocks_for(target) - len(match) + num_fresh
             need = [count + growth for count in self._space.num_to_take(match)]
             if not self._make_room(group, need, may_be_victim=not drafted):
                 return
@@ -105,22 +119,26 @@ class Advancer:
 
     def _compute(self, sequence: Sequence, num_tokens: int) -> None:
         """Draft `num_tokens` of a sequence, preempting others for the blocks that it needs."""
-        space, group = self._space, sequence.group
+        space, group, blocks = self._space, sequence.group, sequence.blocks
         target = sequence.num_computed_tokens + num_tokens
+        num_kept = self._num_kept(sequence, sequence.num_computed_tokens, target)
+        num_rows = target - blocks.num_dropped
         new: list[list[int]] = []
         copied: list[int] = []
-        if not space.extend_in_place(sequence.blocks, target):
+        if num_kept or not space.extend_in_place(blocks, num_rows):
             self._release_behind_windows(sequence, busy_until=sequence.last_step_id)
-            if not self._make_room(group, space.num_missing([(sequence.blocks, target)])):
+            if not self._make_room(group, self._need([(sequence, target)])):
                 return
-            new, copied = space.grow(sequence.blocks, target)
+            new, copied = space.grow(blocks, num_rows)
         reaches_end = target == sequence.num_tokens
         self._draft.compute(sequence, num_tokens, new, copied)
         self.budget -= num_tokens
         if num_tokens > 1:
-            space.offer(sequence.blocks, sequence.token_ids)
+            space.offer(blocks, sequence.token_ids)
             # Of a long chunk most is behind the window already: it need not be held while the window fills again.
             self._release_behind_windows(sequence, busy_until=self._draft.step_id)
+        if num_kept:
+            self._draft.compact(sequence, num_kept)
         if not reaches_end:
             return
         if group.beam_search:
@@ -132,6 +150,25 @@ class Advancer:
             for follower in group.live[1:]:
                 self._draft.add_sibling(sequence, follower)
 
+    def _num_kept(self, sequence: Sequence, num_computed: int, target: int) -> int:
+        """Rows that a sequence keeps when a step has brought it from `num_computed` to `target` tokens; 0: all."""
+        sparsity = self._space.sparsity
+        if sparsity is None:
+            return 0
+        stop = sparsity.next_compaction(sequence.num_prompt_tokens, num_computed, sequence.blocks.num_dropped)
+        return sparsity.spec.budget if target == stop else 0
+
+    def _need(self, members: list[tuple[Sequence, int]]) -> Need:
+        """Blocks that bringing sequences to these numbers of tokens takes, those of compactions included."""
+        space = self._space
+        need = space.num_missing([(sequence.blocks, target - sequence.blocks.num_dropped)
+                                  for sequence, target in members])
+        if space.sparsity is None:
+            return need
+        num_fresh = sum(space.blocks_for(self._num_kept(sequence, sequence.num_computed_tokens, target))
+                        for sequence, target in members)
+        return [count + num_fresh for count in need]
+
     def _release_behind_windows(self, sequence: Sequence, busy_until: int) -> None:
         if self._space.windows.any:
             # What nobody holds any more can still be found, if it was offered while it was held.
@@ -142,7 +179,8 @@ class Advancer:
         """Have these blocks free for `group`, preempting groups behind it and in the end itself.
 
         False when it has to wait, or was preempted. Where releasing blocks will do, it waits for them, and nobody
-        behind it takes them: preempting more groups would not bring them sooner.
+        behind it takes them: preempting more groups would not bring them sooner. A group that would have to choose the
+        rows that it keeps again is the last resort, and waits rather than preempt itself: others are before it.
         """
         if not any(need):
             return True
@@ -152,20 +190,31 @@ class Advancer:
                 return False
             if not self.may_preempt:
                 return False
-            victim = self._preemptor.pick_victim(group)
-            self.took_blocks = True
+            preemptor = self._preemptor
+            victim = preemptor.pick_victim(group)
+            if victim is None:
+                if preemptor.drop_swapped(group):
+                    self.took_blocks = True
+                    continue
+                victim = preemptor.pick_victim(group, last_resort=True)
             if victim is not None:
                 self.displace(victim)
-            elif not self._preemptor.drop_swapped(group):
-                if may_be_victim and group.status is Status.RUNNING:
-                    self._preemptor.preempt(group)
+                continue
+            if not preemptor.keeps_rows(group):
+                self.waits_for_blocks = True
                 return False
+            self.took_blocks = True
+            if may_be_victim and group.status is Status.RUNNING:
+                preemptor.preempt(group)
+            return False
         return not self.waits_for_blocks
 
     def match(self, sequence: Sequence) -> list[list[int]]:
         if self.wants_prompt_logprobs(sequence):
             return []
-        return self._space.match(sequence.blocks, sequence.token_ids)
+        sparsity = self._space.sparsity
+        most = sparsity.most_cached(sequence.num_prompt_tokens) if sparsity else None
+        return self._space.match(sequence.blocks, sequence.token_ids, most)
 
     def wants_prompt_logprobs(self, sequence: Sequence) -> bool:
         """Whether every prompt token must be computed for its log probability: until the first token has come."""

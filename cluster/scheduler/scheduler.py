@@ -13,6 +13,7 @@ from ...protos.errors import InvalidRequestError
 from ...protos.request import AddRequest, Delta
 from ...protos.step import StepPlan, StepResult
 from ..block_space import BlockSpace
+from ..block_space.sparsity import most_seqs
 from ..policies import WATERMARK, Costs, pick
 from .admitter import Admitter
 from .advancer import Advancer
@@ -56,8 +57,8 @@ class Scheduler:
         self._advancer = Advancer(space, self._draft, self.preemptor)
         self.admitter = Admitter(
             space, self._queues, self._advancer, self.preemptor, self._loads,
-            # A step must be able to hold one token of every running sequence, or the last in line would starve.
-            max_num_seqs=min(limits.max_num_seqs, limits.max_num_batched_tokens),
+            max_num_seqs=most_seqs(
+                space.sparsity and space.sparsity.spec, limits.max_num_seqs, limits.max_num_batched_tokens),
             max_num_batched_tokens=limits.max_num_batched_tokens,
             watermark=pick(WATERMARK, "watermark_policy", watermark_policy))
         self._sequences: dict[int, Sequence] = {}
@@ -175,8 +176,11 @@ class Scheduler:
         seq_id = self._next_seq_id
         self._next_seq_id += 1
         request = group.request
-        root = None
-        if self.space.enable_prefix_caching:
+        root, sparsity = None, self.space.sparsity
+        if sparsity and sparsity.spec.keeps_scores:
+            # What is found has not been looked at by its queries.
+            pass
+        elif self.space.enable_prefix_caching:
             root = self.space.prefix_keys.root(f"shared/{request.cache_salt}")
         elif request.params.num_sequences > 1:
             # Its sequences find each other's blocks when they are computed again, and nobody else's.

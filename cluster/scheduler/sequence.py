@@ -38,6 +38,8 @@ class Sequence:
     last_step_id: int = -1
     """The last plan that names this sequence."""
     on_ranks: bool = False
+    is_suspended: bool = False
+    """It is swapped out, and the ranks keep something of it beside its blocks."""
     finished: bool = False
     unsent_token_ids: list[int] = field(default_factory=list)
     """Chosen by the Head (beam search) and not yet known to the ranks that hold the sequence."""
@@ -94,6 +96,11 @@ class SequenceGroup:
     def num_seats(self) -> int:
         """Most sequences that it can come to have from now on."""
         return self.request.params.num_sequences if self.beam_search else len(self.live)
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether a sequence of it holds fewer rows than it has computed tokens."""
+        return any(sequence.blocks.num_dropped for sequence in self.live)
 
     @property
     def num_computed_tokens(self) -> int:

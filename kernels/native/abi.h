@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define KVARTO_ABI_VERSION 5
+#define KVARTO_ABI_VERSION 6
 
 // The first KVARTO_NUM_FLOATS are those of activations and weights; the rest, of codes in a cache, have scales.
 enum KvartoDtype : int32_t {
@@ -26,6 +26,11 @@ enum KvartoStatus : int32_t {
   KVARTO_BAD_BLOCK_ID = 4,         // detail: the sequence
   KVARTO_BAD_SLOT = 5,             // detail: the token
   KVARTO_BAD_BLOCK_PAIR = 6,       // detail: the pair
+  KVARTO_BAD_NUM_SCORED = 7,       // detail: the sequence, as in the rest
+  KVARTO_BAD_NUM_KEPT = 8,
+  KVARTO_BAD_KEPT_ROW = 9,
+  KVARTO_BAD_SOURCE_BLOCK = 10,
+  KVARTO_BAD_TARGET_BLOCK = 11,
 };
 
 // cache: [num_blocks, num_layers, 2, num_kv_heads, a head], contiguous. A head is [block_size, head_dim] of dtype and,

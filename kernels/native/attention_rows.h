@@ -108,7 +108,7 @@ static void widen_key(const T* in, int64_t dim, float* out) {
 }
 
 // Rotates by the opposite of the angles; element i goes with element i + half.
-static void turn_back(float* key, const float* cos, const float* sin, int64_t half) {
+static inline void turn_back(float* key, const float* cos, const float* sin, int64_t half) {
   for (int64_t i = 0; i < half; ++i) {
     const float first = key[i], second = key[half + i];
     key[i] = first * cos[i] + second * sin[i];

@@ -38,7 +38,7 @@ KVARTO_INLINE void clear(const Shape& shape, float* record) {
 
 // Turns the scores of a tile into weights exp2(score - max), and the record's max, sum and sums of V to that max.
 // Scores that are not seen may be anything.
-static void softmax_step(float* scores, Span seen, const Bend& bend, const Shape& shape, float* record) {
+static inline void softmax_step(float* scores, Span seen, const Bend& bend, const Shape& shape, float* record) {
   constexpr int64_t VECTORS = TILE / WIDTH;
   Vec parts[VECTORS];
   for (int64_t i = 0; i < VECTORS; ++i) parts[i] = bend.score(load(scores + i * WIDTH), i * WIDTH);

@@ -3,6 +3,7 @@
 
 #include "abi.h"
 #include "rows.h"
+#include "sparsity.h"
 
 namespace kvarto {
 
@@ -11,6 +12,7 @@ struct Isa {
   const AttentionKernels* attention;
   const LinearKernels* linear;
   const RowKernels* rows;
+  const ScoreKernels* scores;
 };
 
 // Null unless isa was built and this processor runs it.

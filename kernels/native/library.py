@@ -1,4 +1,4 @@
-"""Loads libkvarto_kernels.so and mirrors its C ABI (`abi.h`) for ctypes, which releases the interpreter lock."""
+"""Loads libkvarto_kernels.so and mirrors its C ABI (`abi.h`, `sparsity.h`) for ctypes, which releases Python's lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch  # noqa: F401
 if TYPE_CHECKING:
     from ctypes import _Pointer
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
@@ -60,6 +60,30 @@ class NativeAttention(ctypes.Structure):
         ("soft_cap", c_float),
         ("dtype", c_int32),
         ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+class NativeScores(ctypes.Structure):
+    _fields_ = [
+        ("attention", NativeAttention),
+        ("num_scored", c_void_p),
+        ("out", c_void_p),
+    ]
+
+
+class NativeCompaction(ctypes.Structure):
+    _fields_ = [
+        ("cache", NativeCache),
+        ("rows", c_void_p),
+        ("source_tables", c_void_p),
+        ("target_tables", c_void_p),
+        ("num_kept", c_void_p),
+        ("num_seqs", c_int64),
+        ("max_kept", c_int64),
+        ("max_source_blocks", c_int64),
+        ("max_target_blocks", c_int64),
+        ("layer", c_int64),
         ("num_threads", c_int32),
     ]
 
@@ -158,6 +182,10 @@ class NativeLibrary:
         self.copy_blocks.argtypes = [POINTER(NativeBlockCopy), detail]
         self.paged_attention = library.kvarto_paged_attention
         self.paged_attention.argtypes = [POINTER(NativeAttention), detail]
+        self.attention_scores = library.kvarto_attention_scores
+        self.attention_scores.argtypes = [POINTER(NativeScores), detail]
+        self.compact_rows = library.kvarto_compact_rows
+        self.compact_rows.argtypes = [POINTER(NativeCompaction), detail]
         self.linear = library.kvarto_linear
         self.linear.argtypes = [POINTER(NativeLinear)]
         self.pack_linear = library.kvarto_pack_linear

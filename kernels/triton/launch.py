@@ -61,7 +61,7 @@ def write_kv(key: Tensor, value: Tensor, cache: LayerCache, slot_mapping: Tensor
         return
     tensors = (key, value, cache.key, cache.value, slot_mapping, cache.num_blocks * cache.block_size)
     strides = (key.stride(0), value.stride(0), cache.block_stride)
-    with _on(key.device):
+    with launching_on(key.device):
         if cache.quantized:
             heads = heads_per_write(head_dim)
             write_quantized_kv_kernel[num_tokens, triton.cdiv(num_heads, heads)](
@@ -82,8 +82,8 @@ def paged_attention(query: Tensor, cache: LayerCache, block_tables: Tensor, quer
         return out
     padded_dim = max(16, triton.next_power_of_2(cache.head_dim))
     batch = _Batch(query, out, cache, block_tables, query_start_loc, kv_lens, scale, *bound(mask, far_sinks))
-    with _on(query.device):
-        backend, arch = _target()
+    with launching_on(query.device):
+        backend, arch = current_target()
         _decode(batch, config_for("decode", backend, arch, padded_dim, query.element_size()))
         if max_query_len is None or max_query_len > 1:
             _prefill(batch, config_for("prefill", backend, arch, padded_dim, query.element_size()))
@@ -167,7 +167,7 @@ def copy_blocks(source: Tensor, destination: Tensor, pairs: npt.NDArray[np.int64
     if not len(pairs) or not num_words:
         return
     on_device = torch.from_numpy(pairs).to(device, non_blocking=True)
-    with _on(device):
+    with launching_on(device):
         copy_blocks_kernel[len(pairs), triton.cdiv(num_words, COPY_CHUNK_WORDS)](
             *words, on_device, num_words, words[0].stride(0), words[1].stride(0), CHUNK=COPY_CHUNK_WORDS)
 
@@ -196,7 +196,7 @@ def _as_words(tensor: Tensor, *both: Tensor) -> Tensor:
     return flat.view(torch.int8)
 
 
-def _target() -> tuple[str, str]:
+def current_target() -> tuple[str, str]:
     """(cuda | hip | interpreter, architecture) of the current device."""
     if interpreted():
         return "interpreter", ""
@@ -204,5 +204,5 @@ def _target() -> tuple[str, str]:
     return str(target.backend), str(target.arch)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

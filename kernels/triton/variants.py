@@ -18,6 +18,8 @@ from .decode import decode_kernel, reduce_kernel
 from .launch import even_share, heads_per_write, splits_for
 from .masks import MaskConstants
 from .prefill import prefill_kernel
+from .sparsity import compact_rows_kernel, receive_kernel, score_sums_kernel
+from .sparsity_launch import SCORED_ROWS, rows_per_copy
 from .tiles import padded_dim
 
 TARGETS = {"cuda-80": ("cuda", 80, 32), "cuda-90": ("cuda", 90, 32), "cuda-100": ("cuda", 100, 32),
@@ -116,7 +118,9 @@ def variants(target: str) -> list[Variant]:
     found += [_prefill(shape, config("prefill", shape.dtype, shape.head_dim)) for shape in shapes]
     found += [_write("bf16", 128), _write("bf16", 80), _write("fp32", 128)]
     found += [_write_quantized("bf16", 128, cache) for cache in POINTERS]
-    return [*found, _copy()]
+    for shape in (Shape("bf16", 64, 3), Shape("bf16", 128), Shape("fp32", 128), Shape("bf16", 128, cache="int8")):
+        found += _scores(shape, config("decode", shape.dtype, shape.head_dim))
+    return [*found, _copy(), _compact("bf16", 128), _compact("i8", 128)]
 
 
 def _decode(shape: Shape, config: TileConfig) -> Variant:
@@ -164,6 +168,37 @@ def _prefill(shape: Shape, config: TileConfig) -> Variant:
              far=shape.far_signature),
         shape.constants | dict(HEADS=heads, ROWS=config.rows, TILE_N=config.tile_n),
         config.num_warps, config.num_stages, moved / needed)
+
+
+def _scores(shape: Shape, config: TileConfig) -> list[Variant]:
+    """Both passes over K, for a lone query of a sequence."""
+    num_splits = splits_for(DECODE_ROWS)
+    keys_bytes = DECODE_ROWS * shape.row_bytes // 2
+    queries_bytes = shape.group * shape.head_dim * ITEM_BYTES[shape.dtype]
+    ids_bytes = 4 * (DECODE_ROWS // config.tile_n if shape.block_size % config.tile_n == 0 else DECODE_ROWS)
+    lse_bytes = 4 * shape.group * num_splits
+    inputs = dict(query_ptr=shape.dtype, key_ptr=shape.pointer, block_tables_ptr="i32", query_start_loc_ptr="i32",
+                  kv_lens_ptr="i32", num_scored_ptr="i32", lse_ptr="fp32")
+    scalars: dict[str, str | tuple[str, ...]] = dict(query_stride="i32", block_stride="i32", table_stride="i32",
+                                                     scale="fp32")
+    constants = dict(GROUP=shape.group, ROWS=SCORED_ROWS, BLOCK_SIZE=shape.block_size,
+                     HEAD_DIM=shape.head_dim, TILE_N=config.tile_n, NUM_SPLITS=num_splits, SOFT_CAP=shape.mask.soft_cap)
+    moved_once = keys_bytes + ids_bytes + num_splits * queries_bytes + lse_bytes
+    moved_again = keys_bytes + ids_bytes + DECODE_ROWS // config.tile_n * (queries_bytes + lse_bytes) + 4 * DECODE_ROWS
+    return [
+        _variant("score_sums", score_sums_kernel, inputs, shape.text, dict(num_seqs="i32", **scalars), constants,
+                 config.num_warps, config.num_stages, moved_once / (keys_bytes + queries_bytes)),
+        _variant("receive", receive_kernel, inputs | dict(received_ptr="fp32"), shape.text,
+                 dict(max_rows="i32", **scalars), constants, config.num_warps, config.num_stages,
+                 moved_again / (keys_bytes + queries_bytes + 4 * DECODE_ROWS))]
+
+
+def _compact(dtype: str, head_dim: int) -> Variant:
+    pointers = dict(key_ptr=dtype, value_ptr=dtype, rows_ptr="i32", source_tables_ptr="i32", target_tables_ptr="i32",
+                    num_kept_ptr="i32")
+    return _variant("compact_rows", compact_rows_kernel, pointers, f"{dtype.replace('i8', 'int8')} d{head_dim}",
+                    dict(max_kept="i32", block_stride="i32", source_table_stride="i32", target_table_stride="i32"),
+                    dict(BLOCK_SIZE=16, HEAD_DIM=head_dim, ROWS=rows_per_copy(head_dim)), 4, 3, 1.0)
 
 
 def _write(dtype: str, head_dim: int) -> Variant:

@@ -39,10 +39,11 @@ class Mutant:
 
 
 POOL, SPACE, MOVES = (f"cluster/block_space/{name}.py" for name in ("block_pool", "block_space", "plan_moves"))
-MATCH, WINDOWS = (f"cluster/block_space/{name}.py" for name in ("prefix_match", "windows"))
+MATCH, WINDOWS, SPARSITY = (f"cluster/block_space/{name}.py" for name in ("prefix_match", "windows", "sparsity"))
 SWAPPING, TIERS, KEYS = (f"cluster/block_space/{name}.py" for name in ("swapping", "tiers", "prefix_keys"))
 SCHEDULER, ADMITTER, ADVANCER, RESULTS, LOADS = (
     f"cluster/scheduler/{name}.py" for name in ("scheduler", "admitter", "advancer", "results", "disk_loads"))
+DRAFT = "cluster/scheduler/plan_draft.py"
 
 MUTANTS = [
     Mutant("fork does not count its references", SPACE,
@@ -68,8 +69,8 @@ MUTANTS = [
            "num_full = min(blocks.num_tokens, len(token_ids)) // self.block_size",
            "num_full = min(blocks.capacity, len(token_ids)) // self.block_size"),
     Mutant("a match leaves nothing to compute", SPACE,
-           "blocks.keys[: (len(token_ids) - 1) // self.block_size])",
-           "blocks.keys[: len(token_ids) // self.block_size])"),
+           "most = len(token_ids) - 1 if most is None else min(len(token_ids) - 1, most)",
+           "most = len(token_ids) if most is None else most"),
     Mutant("releasing blocks are free at once", POOL,
            "if self._busy_until[block_id] > self._done_step_id:", "if False:"),
     Mutant("a swapped group's host blocks are freed twice", SWAPPING,
@@ -114,6 +115,40 @@ MUTANTS = [
            "min(count, enough)", "count"),
     Mutant("a dead beam keeps its blocks", RESULTS,
            "        for beam in dead:\n            self._end(beam)\n", "        group.live = live\n"),
+    Mutant("nobody makes room for a compaction", ADVANCER,
+           "return [count + num_fresh for count in need]", "return need"),
+    Mutant("a prompt starts without room for its compaction", SPARSITY,
+           "self._blocks(stop - num_dropped) + self._blocks(self.spec.budget)", "self._blocks(stop - num_dropped)"),
+    Mutant("requests are admitted that cannot be compacted", SPARSITY,
+           "(full + kept) + begins", "full + begins - kept"),
+    Mutant("a compacted sequence offers its blocks", SPACE,
+           "blocks.root is None or blocks.num_dropped or", "blocks.root is None or"),
+    Mutant("what a compaction reads is free at once", SPACE,
+           "self.free(blocks, busy_until=busy_until)\n        blocks.tables",
+           "self.free(blocks, busy_until=-1)\n        blocks.tables"),
+    Mutant("a fork does not know what was dropped", SPACE,
+           "child.num_dropped = parent.num_dropped", "child.num_dropped = 0"),
+    Mutant("a sequence that comes back does not say what it dropped", DRAFT,
+           "num_dropped_tokens=sequence.blocks.num_dropped, ", ""),
+    Mutant("the queries that score a prompt in two steps", SPARSITY,
+           "if 0 < num_left < self.spec.window else", "if False else"),
+    Mutant("the queries that score a prompt are found in the cache", SPARSITY,
+           "else stop - self.spec.window", "else stop"),
+    Mutant("a step goes on beyond a compaction", SPARSITY,
+           "num_tokens = min(most, stop - num_computed)", "num_tokens = most"),
+    Mutant("h2o uses the prefix cache", SCHEDULER, "if sparsity and sparsity.spec.keeps_scores:", "if False:"),
+    Mutant("scores are forgotten when a sequence is swapped out", DRAFT,
+           "if not (sparsity and sparsity.spec.keeps_scores):", "if True:"),
+    Mutant("the ranks keep scores of what has ended", DRAFT,
+           "if sequence.on_ranks or sequence.is_suspended:", "if sequence.on_ranks:"),
+    Mutant("a fork of a suspended beam is not told", DRAFT,
+           "if child.on_ranks or child.is_suspended:", "if child.on_ranks:"),
+    Mutant("siblings copy what is not compacted yet", ADVANCER, "        if num_kept:\n            self._draft.compact",
+           "        if num_kept and group.is_forked:\n            self._draft.compact"),
+    Mutant("one that has to wait for blocks lets others pass", ADVANCER,
+           "                self.waits_for_blocks = True\n                return False\n"
+           "            self.took_blocks = True\n",
+           "                return False\n            self.took_blocks = True\n"),
 ]
 
 

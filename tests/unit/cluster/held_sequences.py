@@ -43,6 +43,10 @@ class HeldSequences:
         self.tables: dict[int, list[list[int]]] = {}
         """Per sequence and KV group."""
         self.computed: dict[int, int] = {}
+        self.dropped: dict[int, int] = {}
+        """Rows that compactions have dropped of the computed tokens."""
+        self.suspended: dict[int, tuple[int, int]] = {}
+        """Of sequences that come back: computed, dropped."""
         self.fresh: set[int] = set()
         """Sequences that the present plan starts."""
         self._num_passed: dict[int, list[int]] = {}
@@ -51,8 +55,12 @@ class HeldSequences:
         """Forks, ends and starts of a plan. Returns the blocks of the sequences that were here before and still are."""
         for fork in plan.forks:
             self._fork(fork)
+        for seq_id in plan.suspends:
+            self.suspended[seq_id] = self.computed[seq_id], self.dropped[seq_id]
+            self._forget(seq_id)
         for seq_id in plan.ends:
-            del self.tables[seq_id], self.computed[seq_id], self._num_passed[seq_id]
+            if self.suspended.pop(seq_id, None) is None:
+                self._forget(seq_id)
         survivors = {block for seq_id in self.tables for block in self.blocks(seq_id)}
         self.fresh = {start.seq_id for start in plan.starts}
         for start in plan.starts:
@@ -60,8 +68,15 @@ class HeldSequences:
             assert 0 <= start.num_computed_tokens < len(start.token_ids), "a start leaves nothing to compute"
             self.tables[start.seq_id] = [[] for _ in self.kv_groups]
             self.computed[start.seq_id] = start.num_computed_tokens
+            self.dropped[start.seq_id] = start.num_dropped_tokens
+            lengths = start.num_computed_tokens, start.num_dropped_tokens
+            assert self.suspended.pop(start.seq_id, lengths) == lengths, "what was kept is of another length"
             self._num_passed[start.seq_id] = [0] * len(self.kv_groups)
         return survivors
+
+    def rows(self, seq_id: int) -> int:
+        """Slots that are filled."""
+        return self.computed[seq_id] - self.dropped[seq_id]
 
     def blocks(self, seq_id: int) -> set[Block]:
         """Those that the sequence has from now on to do with."""
@@ -74,7 +89,7 @@ class HeldSequences:
         for step in plan.steps:
             assert step.num_tokens > 0
             assert step.seq_id not in writes, "a sequence has two steps in one plan"
-            begin = self.computed[step.seq_id]
+            begin = self.rows(step.seq_id)
             first, end = begin // self.block_size, begin + step.num_tokens
             for table, new in zip(self.tables[step.seq_id], step.new_block_ids, strict=False):
                 table.extend(new)
@@ -93,13 +108,23 @@ class HeldSequences:
                 written |= {(group, block) for block in table[first: -(-end // self.block_size)]}
             writes[step.seq_id] = written
         self._check_writes(writes)
+        self._check_compactions(plan, moves)
         return writes
+
+    @staticmethod
+    def compacted(plan: StepPlan) -> list[Block]:
+        """The blocks that the compactions of a plan write."""
+        return [(group, block) for step in plan.steps if step.compaction
+                for group, new in enumerate(step.compaction.new_block_ids) for block in new]
 
     def finish(self, plan: StepPlan) -> None:
         """The steps are computed; their siblings appear."""
         for step in plan.steps:
             self.computed[step.seq_id] += step.num_tokens
             self._pass_by(step.seq_id)
+            if step.compaction:
+                self.tables[step.seq_id] = [list(new) for new in step.compaction.new_block_ids]
+                self.dropped[step.seq_id] += self.rows(step.seq_id) - step.compaction.num_kept
         for sibling in plan.siblings:
             self._fork(sibling)
 
@@ -124,12 +149,35 @@ class HeldSequences:
         for seq_id, blocks in writes.items():
             for block in blocks:
                 for other, end in holders[block]:
-                    assert other == seq_id or (other in self.fresh and end <= self.computed[other]), (
+                    assert other == seq_id or (other in self.fresh and end <= self.rows(other)), (
                         f"sequence {seq_id} writes into block {block}, which sequence {other} holds too")
+
+    def _check_compactions(self, plan: StepPlan, moves: list[BlockMoves]) -> None:
+        """What a compaction writes is nobody's: no step and no move of the plan has to do with it, but a swap-out that
+        emptied it."""
+        fresh = self.compacted(plan)
+        assert len(set(fresh)) == len(fresh), "two compactions write one block"
+        others = {block for seq_id in self.tables for block in self.blocks(seq_id)}
+        others |= blocks_of(moves, "swap_ins", 1) | blocks_of(moves, "copies", 0) | blocks_of(moves, "copies", 1)
+        assert not others.intersection(fresh), "a compaction writes a block that the plan reads or fills"
+        for step in plan.steps:
+            if compaction := step.compaction:
+                num_blocks = -(-compaction.num_kept // self.block_size)
+                num_rows = self.rows(step.seq_id) + step.num_tokens
+                assert 0 < compaction.num_kept < num_rows, "a compaction drops nothing, or everything"
+                assert [len(new) for new in compaction.new_block_ids] == [num_blocks] * len(self.kv_groups), (
+                    "too many blocks, or too few, for what a compaction keeps")
+
+    def _forget(self, seq_id: int) -> None:
+        del self.tables[seq_id], self.computed[seq_id], self.dropped[seq_id], self._num_passed[seq_id]
 
     def _fork(self, fork: SequenceFork) -> None:
         assert fork.seq_id not in self.tables, "a sequence that is held is forked into being"
         parent = fork.parent_seq_id
+        if parent in self.suspended:
+            self.suspended[fork.seq_id] = self.suspended[parent]
+            return
+        self.dropped[fork.seq_id] = self.dropped[parent]
         self.tables[fork.seq_id] = [list(table) for table in self.tables[parent]]
         self.computed[fork.seq_id] = self.computed[parent]
         self._num_passed[fork.seq_id] = list(self._num_passed[parent])

@@ -3,6 +3,9 @@
 It knows the wire contract (`protos/step.py`) and nothing of the scheduler or the block space. What a slot holds is a
 number that depends on all tokens up to it (`stand_in.chain`) and on its KV group, so that reading a wrong, stale or
 unwritten slot shows, and sharing is right exactly where prefixes are equal. What no query sees may be anything.
+
+A compaction keeps any rows, but always the last: from then on a query must see exactly these. The tokens that follow
+depend on the whole prefix all the same, so that whoever drops rows must come to the tokens that it has alone.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from types import ModuleType
 
 from kvarto.protos.model import KVGroupSpec
 from kvarto.protos.sampling import SamplingParams
+from kvarto.protos.sparsity import KVSparsity
 from kvarto.protos.step import (
     BeamCandidates,
     BlockMoves,
@@ -25,6 +29,7 @@ from kvarto.protos.step import (
     SequenceFailure,
     SequenceFork,
     SequenceStart,
+    SequenceStep,
     StepPlan,
     StepResult,
     TokenLogprobs,
@@ -58,6 +63,8 @@ class _Text:
         self.tokens: list[int] = []
         self.chain: list[int] = []
         self.failed = False
+        self.kept: list[int] = []
+        """Positions of the rows that the last compaction kept; what was computed since follows."""
         # One that has generated already has had its prompt's log probabilities sent.
         self.scored = params.prompt_logprobs is not None and len(tokens) == num_prompt_tokens
         self.append(tokens)
@@ -68,7 +75,9 @@ class _Text:
         self.chain += stand_in.chain(tokens, *self.chain[-1:])
 
     def fork(self, seq_index: int) -> _Text:
-        return _Text(self.params, seq_index, self.num_prompt_tokens, self.tokens)
+        text = _Text(self.params, seq_index, self.num_prompt_tokens, self.tokens)
+        text.kept = self.kept
+        return text
 
 
 class MemoryModelRank:
@@ -78,7 +87,7 @@ class MemoryModelRank:
     def __init__(
         self, block_size: int, num_blocks: int | list[int], num_host_blocks: int | list[int] = 0,
         rng: random.Random | None = None, *, kv_groups: list[KVGroupSpec] | None = None, disk_capacity: int = 0,
-        eos_token_ids: tuple[int, ...] = (), corruption: float = 0.0,
+        eos_token_ids: tuple[int, ...] = (), corruption: float = 0.0, sparsity: KVSparsity | None = None,
     ) -> None:
         """Blocks are per KV group, or of every one; `corruption`: how probable it is that a file cannot be loaded, on
         each of the two ranks."""
@@ -97,6 +106,8 @@ class MemoryModelRank:
         self._disk_capacity = disk_capacity
         self._eos_token_ids = eos_token_ids
         self._corruption = corruption
+        self._sparsity = sparsity
+        self._kept_before: dict[int, list[int]] = {}
         self._move_order = os.environ.get("KVARTO_MOVE_ORDER", ",".join(MOVE_ORDER)).split(",")
 
     def execute(
@@ -115,6 +126,7 @@ class MemoryModelRank:
         self._grant(plan)
         result = StepResult(epoch=plan.epoch, step_id=plan.step_id, failed_loads=failed_loads[0])
         self._compute(plan, result)
+        self._compact(plan)
         self._sample(plan, result, failing)
         other = StepResult(epoch=plan.epoch, step_id=plan.step_id, rank=1, failed_loads=failed_loads[1])
         return [result, other] if any(each.disk_loads for each in moves) else [result]
@@ -125,8 +137,13 @@ class MemoryModelRank:
         for fork in plan.forks:
             assert self.texts[fork.parent_seq_id].params.beam_width, "parallel samples are siblings"
             self._fork(fork)
+        scored = self._sparsity is not None and self._sparsity.keeps_scores
+        assert scored or not plan.suspends, "a sequence is suspended of which the ranks keep nothing"
+        for seq_id in plan.suspends:
+            self._kept_before[seq_id] = self.texts.pop(seq_id).kept
         for seq_id in plan.ends:
-            del self.texts[seq_id]
+            if seq_id not in self.held.suspended and seq_id not in plan.suspends:
+                self._kept_before[seq_id] = self.texts.pop(seq_id).kept
         for start in plan.starts:
             self._start(start)
 
@@ -135,8 +152,15 @@ class MemoryModelRank:
         assert 0 < start.num_prompt_tokens <= len(text.tokens)
         self.texts[start.seq_id] = text
         self.seen["hits"] += start.num_computed_tokens > 0
+        self.seen["sparse_swaps"] += start.num_dropped_tokens > 0
+        if self._sparsity is not None and self._sparsity.keeps_scores:
+            # `held` has not seen this plan yet.
+            assert not start.num_computed_tokens or start.seq_id in self.held.suspended, "rows without their scores"
 
     def _fork(self, fork: SequenceFork) -> None:
+        if fork.parent_seq_id in self.held.suspended:
+            self._kept_before[fork.seq_id] = self._kept_before[fork.parent_seq_id]
+            return
         self.texts[fork.seq_id] = self.texts[fork.parent_seq_id].fork(fork.seq_index)
 
     # -- moves -----------------------------------------------------------------------------------------------------
@@ -208,10 +232,44 @@ class MemoryModelRank:
             named = blocks | self.held.blocks(seq_id)
             assert all(1 <= block < len(self.devices[group]) for group, block in named), "block id out of range"
             # What is not computed yet is not there: a stale content that happens to be right must not hide a fault.
-            first, offset = divmod(self.held.computed[seq_id], self.block_size)
+            first, offset = divmod(self.held.rows(seq_id), self.block_size)
             for group, block in blocks:
                 kept = offset if block == self.held.tables[seq_id][group][first] else 0
                 self.devices[group][block][kept:] = [0] * (self.block_size - kept)
+        for start in plan.starts:
+            if start.num_dropped_tokens:
+                self._recognize(start)
+        if self._sparsity is not None:
+            for step in plan.steps:
+                self._check_schedule(step, self._sparsity)
+
+    def _recognize(self, start: SequenceStart) -> None:
+        """Which rows a sequence holds that comes back from the host: those that it was swapped out with."""
+        text, size = self.texts[start.seq_id], self.block_size
+        places = {number: position for position, number in enumerate(text.chain)}
+        table = self.held.tables[start.seq_id][0]
+        held = [places.get(self.devices[0][table[row // size]][row % size], -1)
+                for row in range(self.held.rows(start.seq_id))]
+        before = self._kept_before.pop(start.seq_id, [])
+        assert held == sorted(set(held)) and held[0] >= 0, "rows come back out of order, or others"
+        assert held[: len(before)] == before, "other rows come back than were kept"
+        assert held[-1] == start.num_computed_tokens - 1
+        text.kept = held
+
+    def _check_schedule(self, step: SequenceStep, sparsity: KVSparsity) -> None:
+        """`KVSparsity`, word for word."""
+        begin, num_prompt = self.held.computed[step.seq_id], self.texts[step.seq_id].num_prompt_tokens
+        end = begin + step.num_tokens
+        num_rows = self.held.rows(step.seq_id) + step.num_tokens
+        if begin < num_prompt and num_prompt > sparsity.budget:
+            assert end <= num_prompt, "a step goes on beyond the end of a prompt that is compacted"
+            is_due = end == num_prompt
+            assert not is_due or step.num_tokens >= sparsity.window, "queries that score a prompt are missing"
+        else:
+            is_due = sparsity.policy != "snapkv" and num_rows == sparsity.budget + sparsity.interval
+            assert sparsity.policy == "snapkv" or num_rows <= sparsity.budget + sparsity.interval, "too many rows"
+        assert (step.compaction is not None) == is_due, "compacted too early, or not at all"
+        assert step.compaction is None or step.compaction.num_kept == sparsity.budget
 
     def _compute(self, plan: StepPlan, result: StepResult) -> None:
         """All writes come before all reads: each layer writes the keys and values of the batch, then attends."""
@@ -222,14 +280,20 @@ class MemoryModelRank:
             end = begin + step.num_tokens
             assert end <= len(text.tokens), "a token is computed that nobody knows"
             for group, table in enumerate(self.held.tables[step.seq_id]):
+                dropped = self.held.dropped[step.seq_id]
                 for position in range(begin, end):
-                    self.devices[group][table[position // size]][position % size] = text.chain[position] + group
+                    row = position - dropped
+                    self.devices[group][table[row // size]][row % size] = text.chain[position] + group
             if text.scored and (known := text.tokens[begin + 1: min(end + 1, text.num_prompt_tokens)]):
                 result.prompt_logprobs.append(PromptLogprobs(
                     seq_id=step.seq_id, first=begin + 1, positions=[_logprobs(token) for token in known]))
         for step in plan.steps:
             begin = self.held.computed[step.seq_id]
             end = begin + step.num_tokens
+            if self.held.dropped[step.seq_id]:
+                for group in range(len(self.kv_groups)):
+                    self._check_read(step.seq_id, group, 0, self.held.rows(step.seq_id) + step.num_tokens)
+                continue
             for group, spec in enumerate(self.kv_groups):
                 # What the first query sees, what the last one sees and all between.
                 seen_from = held_sequences.first_seen(spec, begin)
@@ -237,17 +301,41 @@ class MemoryModelRank:
                 self._check_read(step.seq_id, group, seen_from, end)
 
     def _check_read(self, seq_id: int, group: int, begin: int, end: int) -> None:
-        """The positions from `begin` to `end` hold what the sequence has put there, or somebody with its prefix."""
+        """The rows from `begin` to `end`, positions where none is dropped, hold what the sequence has put there, or
+        somebody with its prefix."""
         size, device, table = self.block_size, self.devices[group], self.held.tables[seq_id][group]
         chain = self.texts[seq_id].chain
         while begin < end:
             stop = min((begin // size + 1) * size, end)
-            wanted = chain[begin: stop]
+            wanted = self._numbers(seq_id, begin, stop) if self.held.dropped[seq_id] else chain[begin: stop]
             if group:
                 wanted = [number + group for number in wanted]
             assert device[table[begin // size]][begin % size: begin % size + stop - begin] == wanted, (
                 f"sequence {seq_id} reads what is not its own in positions {begin} to {stop} of KV group {group}")
             begin = stop
+
+    def _numbers(self, seq_id: int, begin: int, end: int) -> list[int]:
+        """What stands in rows of a sequence that has dropped some."""
+        text, dropped = self.texts[seq_id], self.held.dropped[seq_id]
+        return [text.chain[text.kept[row] if row < len(text.kept) else row + dropped] for row in range(begin, end)]
+
+    def _compact(self, plan: StepPlan) -> None:
+        """In any order, each sequence keeping any of its rows, of which the last is one."""
+        size = self.block_size
+        for step in self._rng.sample(plan.steps, len(plan.steps)):
+            if (compaction := step.compaction) is None:
+                continue
+            self.seen["compactions"] += 1
+            text, dropped = self.texts[step.seq_id], self.held.dropped[step.seq_id]
+            num_rows = self.held.rows(step.seq_id) + step.num_tokens
+            rows = [*sorted(self._rng.sample(range(num_rows - 1), compaction.num_kept - 1)), num_rows - 1]
+            for group, new in enumerate(compaction.new_block_ids):
+                device, table = self.devices[group], self.held.tables[step.seq_id][group]
+                contents = [device[table[row // size]][row % size] for row in rows]
+                contents += [0] * (len(new) * size - len(rows))
+                for index, block in enumerate(new):
+                    device[block] = contents[index * size: (index + 1) * size]
+            text.kept = [text.kept[row] if row < len(text.kept) else row + dropped for row in rows]
 
     def _sample(self, plan: StepPlan, result: StepResult, failing: Collection[int]) -> None:
         self.held.finish(plan)

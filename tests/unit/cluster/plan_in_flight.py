@@ -36,7 +36,9 @@ class PlanInFlight:
         self.written = to_device.union(*writes.values()) if writes else to_device
         gained = [blocks - before.get(seq_id, set()) for seq_id, blocks in writes.items()]
         self.gained = to_device.union(*gained) if gained else to_device
-        self.named = self.emptied | sources("copies") | to_device
+        compacted = set(held.compacted(plan))
+        self.written, self.gained = self.written | compacted, self.gained | compacted
+        self.named = self.emptied | sources("copies") | to_device | compacted
         for step in plan.steps:
             self.named |= held.blocks(step.seq_id)
         self.named_host = self.to_host | self.emptied_host | sources("swap_ins")
@@ -46,7 +48,7 @@ class PlanInFlight:
 
     @staticmethod
     def _whole(held, step):
-        num_full = (held.computed[step.seq_id] + step.num_tokens) // held.block_size
+        num_full = (held.rows(step.seq_id) + step.num_tokens) // held.block_size
         return {(group, block) for group, table in enumerate(held.tables[step.seq_id]) for block in table[:num_full]}
 
     def check_against(self, earlier):

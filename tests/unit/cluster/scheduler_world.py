@@ -49,7 +49,7 @@ class World:
             **options)
         self.rank = memory_model.MemoryModelRank(
             BLOCK_SIZE, num_blocks, num_host_blocks, kv_groups=kv_groups, disk_capacity=space.get("disk_capacity", 0),
-            eos_token_ids=(EOS,))
+            eos_token_ids=(EOS,), sparsity=space.get("sparsity"))
         self.in_flight, self.plans, self.deltas = deque(), [], []
         self.groups, self.names, self.computed = {}, {}, Counter()
 

@@ -8,6 +8,7 @@ from kvarto.cluster.admission import MAX_CACHE_SALT, check, check_cache_salt
 from kvarto.protos.errors import InvalidRequestError, PromptTooLongError
 from kvarto.protos.request import EngineInfo, KVPool
 from kvarto.protos.sampling import SamplingParams
+from kvarto.protos.sparsity import KVSparsity
 
 
 def info(**changes):
@@ -180,3 +181,54 @@ def test_the_tightest_pool_decides():
     error = refused(PromptTooLongError, max_tokens=397, of=of)
     assert (error.param, "at most 396" in error.message) == ("max_tokens", True)
     assert admit(max_tokens=None, of=pools(KVPool(num_blocks=50), sliding(9))) == 68
+
+
+def sparse(policy, **changes):
+    """16 rows (2 blocks) are kept, and 8 more may be gained: 3 blocks, and 2 fresh ones for a compaction."""
+    return info(kv_sparsity=KVSparsity(policy=policy, budget=16, interval=8), **changes)
+
+
+@pytest.mark.parametrize("policy", ["h2o", "tova"])
+@pytest.mark.parametrize(("num_prompt", "num_blocks"), [(1, 5), (16, 5), (24, 5), (25, 6), (40, 7), (41, 8)])
+def test_rows_that_are_dropped_bound_no_output(policy, num_prompt, num_blocks):
+    """The prompt is held whole, or three blocks, and two fresh ones beside them."""
+    assert admit(num_prompt, max_tokens=100 - num_prompt, of=sparse(policy, kv_pools=[KVPool(num_blocks=num_blocks)]))
+
+
+@pytest.mark.parametrize("policy", ["h2o", "tova"])
+def test_a_pool_too_small_to_compact_in_takes_what_ends_before_that(policy):
+    pool = sparse(policy, kv_pools=[KVPool(num_blocks=4)])
+    # The last token is never computed: 23 rows.
+    assert admit(10, max_tokens=None, of=pool) == 14
+    assert refused(PromptTooLongError, num_prompt=10, max_tokens=15, of=pool).param == "max_tokens"
+
+
+@pytest.mark.parametrize("policy", ["h2o", "snapkv", "tova"])
+def test_a_prompt_that_leaves_no_room_for_the_rows_that_it_keeps_is_refused(policy):
+    pool = sparse(policy, kv_pools=[KVPool(num_blocks=4)])
+    assert refused(PromptTooLongError, num_prompt=17, max_tokens=1, of=pool).param == "prompt"
+
+
+@pytest.mark.parametrize("policy", ["h2o", "tova"])
+def test_sequences_that_drop_rows_share_nothing(policy):
+    """Three times three blocks and two fresh ones; the prompt of one of them may be longer."""
+    assert admit(24, n=3, max_tokens=76, of=sparse(policy, kv_pools=[KVPool(num_blocks=15)]))
+    assert admit(25, n=3, max_tokens=75, of=sparse(policy, kv_pools=[KVPool(num_blocks=16)]))
+    assert admit(25, n=3, max_tokens=None, of=sparse(policy, kv_pools=[KVPool(num_blocks=15)])) < 75
+
+
+def test_with_snapkv_output_counts_and_the_prompt_counts_as_what_it_keeps():
+    """Of 10 blocks; 40 tokens of prompt are 16 rows."""
+    assert admit(40, max_tokens=None, of=sparse("snapkv")) == 100 - 40
+    assert admit(60, max_tokens=None, of=sparse("snapkv", max_model_len=999)) == 80 - 16
+
+
+def test_with_snapkv_a_short_prompt_is_as_any_other():
+    assert admit(10, max_tokens=None, of=sparse("snapkv")) == admit(10, max_tokens=None) == 70
+
+
+def test_sequences_that_h2o_computes_again_do_not_share_their_prompt():
+    """Of 9 blocks, too few to compact three sequences: the prompt's full block is not there once, but three times."""
+    pool = dict(kv_pools=[KVPool(num_blocks=8)])
+    assert admit(8, n=3, max_tokens=None, of=sparse("h2o", **pool)) == 2 * 8 - 8
+    assert admit(8, n=3, max_tokens=None, of=sparse("tova", **pool)) == 3 * 8 - 8

@@ -214,8 +214,8 @@ def test_a_map_says_how_far_each_sequence_has_come():
     for sequence in sequences:
         del sequence["block_tables"]
     assert sequences == [
-        {"request_id": "1", "seq_index": index, "status": "running", "num_tokens": 14, "num_computed_tokens": 13}
-        for index in (0, 1)]
+        {"request_id": "1", "seq_index": index, "status": "running", "num_tokens": 14, "num_computed_tokens": 13,
+         "num_dropped_tokens": 0} for index in (0, 1)]
 
 
 def test_a_map_shows_swapped_blocks_by_minus_their_number():

@@ -9,7 +9,8 @@ import pytest
 
 from kvarto.protos.model import KVGroupSpec
 from kvarto.protos.sampling import SamplingParams
-from kvarto.protos.step import BlockMoves, SequenceFork, SequenceStart, SequenceStep, StepPlan
+from kvarto.protos.sparsity import KVSparsity
+from kvarto.protos.step import BlockMoves, Compaction, SequenceFork, SequenceStart, SequenceStep, StepPlan
 
 _spec = importlib.util.spec_from_file_location("memory_model", Path(__file__).with_name("memory_model.py"))
 assert _spec and _spec.loader
@@ -28,10 +29,10 @@ def plan(*steps, moves=None, **fields):
     return StepPlan(epoch=1, step_id=0, steps=list(steps), moves=[BlockMoves(**moves)] if moves else [], **fields)
 
 
-def start(seq_id=0, tokens=PROMPT, computed=0, seq_index=0, **params):
+def start(seq_id=0, tokens=PROMPT, computed=0, seq_index=0, dropped=0, **params):
     return SequenceStart(
         seq_id=seq_id, seq_index=seq_index, token_ids=list(tokens), num_prompt_tokens=len(PROMPT),
-        num_computed_tokens=computed, params=SamplingParams(**params))
+        num_computed_tokens=computed, num_dropped_tokens=dropped, params=SamplingParams(**params))
 
 
 def step(seq_id=0, num_tokens=1, blocks=(), **fields):
@@ -236,3 +237,103 @@ def test_a_block_behind_the_window_may_be_written_by_others():
                        starts=[start(1, tokens=LONG)]))
     with pytest.raises(AssertionError, match="which sequence 0 holds too"):
         ranks.execute(plan(long_step([[7], [2]], seq_id=2, num_tokens=4), starts=[start(2, tokens=LONG)]))
+
+
+# -- compaction ------------------------------------------------------------------------------------------------------
+
+
+def compacted(num_kept=3, blocks=(3,), ranks=None, **params):
+    """A prompt of which some rows were kept in other blocks."""
+    ranks = ranks or rank()
+    last = step(num_tokens=6, blocks=[1, 2], compaction=Compaction(num_kept=num_kept, new_block_ids=[list(blocks)]))
+    result, = ranks.execute(plan(last, starts=[start(**params)]))
+    return ranks, [token.token_id for token in result.tokens]
+
+
+def test_a_sequence_that_drops_rows_comes_to_its_tokens():
+    ranks, tokens = compacted()
+    for each in (step(), step(blocks=[4])):
+        tokens += [token.token_id for token in ranks.execute(plan(each))[0].tokens]
+    assert (tokens, ranks.held.rows(0)) == (memory_model.generate(PROMPT, 3, eos=-1), 5)
+
+
+def test_the_last_row_is_kept_and_the_rest_in_order():
+    ranks, _ = compacted()
+    kept = ranks.texts[0].kept
+    assert (kept, kept[-1], len(kept)) == (sorted(kept), 5, 3)
+
+
+def test_siblings_copy_what_was_kept():
+    ranks = rank()
+    last = step(num_tokens=6, blocks=[1, 2], compaction=Compaction(num_kept=4, new_block_ids=[[3]]))
+    ranks.execute(plan(last, starts=[start()], siblings=[fork(1)]))
+    ranks.execute(plan(step(0, blocks=[4]), step(1, blocks=[5])))
+    assert ranks.held.tables == {0: [[3, 4]], 1: [[3, 5]]}
+
+
+def test_what_was_kept_can_go_to_the_host_and_back():
+    ranks, tokens = compacted()
+    ranks.execute(plan(moves={"swap_outs": [(3, 7)]}, ends=[0]))
+    again = start(tokens=PROMPT + tokens, computed=6, dropped=3)
+    result = ranks.execute(plan(step(blocks=[5]), starts=[again], moves={"swap_ins": [(7, 5)]}))[0]
+    assert [token.token_id for token in result.tokens] == memory_model.generate(PROMPT, 2, eos=-1)[1:]
+
+
+def test_rows_that_come_back_from_a_wrong_block_are_found():
+    ranks, tokens = compacted()
+    ranks.execute(plan(moves={"swap_outs": [(2, 7)]}, ends=[0]))
+    again = start(tokens=PROMPT + tokens, computed=6, dropped=3)
+    with pytest.raises(AssertionError, match="rows come back out of order, or others"):
+        ranks.execute(plan(step(blocks=[5]), starts=[again], moves={"swap_ins": [(7, 5)]}))
+
+
+@pytest.mark.parametrize(("num_kept", "blocks", "message"), [
+    (6, [3, 4], "drops nothing"), (3, [2], "reads or fills"), (3, [3, 4], "too many blocks"), (5, [3, 3], "one block")])
+def test_a_compaction_that_makes_no_sense_is_found(num_kept, blocks, message):
+    with pytest.raises(AssertionError, match=message):
+        compacted(num_kept, blocks)
+
+
+def test_a_compaction_into_a_block_that_is_copied_to_is_found():
+    ranks, _ = compacted()
+    with pytest.raises(AssertionError, match="reads or fills"):
+        ranks.execute(plan(step(compaction=Compaction(num_kept=3, new_block_ids=[[6]])), moves={"copies": [(5, 6)]}))
+
+
+def test_the_old_blocks_are_not_read_any_more():
+    ranks, _ = compacted()
+    for block in (1, 2):
+        ranks.devices[0][block] = [0] * 4
+    ranks.execute(plan(step()))
+
+
+SPARSE = KVSparsity(policy="snapkv", budget=3, interval=4, window=2)
+
+
+@pytest.mark.parametrize(("last", "message"), [
+    (step(num_tokens=6, blocks=[1, 2]), "not at all"),
+    (step(num_tokens=5, blocks=[1, 2], compaction=Compaction(num_kept=3, new_block_ids=[[3]])), "too early")])
+def test_a_compaction_at_a_wrong_length_is_found(last, message):
+    with pytest.raises(AssertionError, match=message):
+        rank(sparsity=SPARSE).execute(plan(last, starts=[start()]))
+
+
+def test_a_last_chunk_without_the_queries_that_score_the_prompt_is_found():
+    ranks = rank(sparsity=SPARSE)
+    ranks.execute(plan(step(num_tokens=5, blocks=[1, 2]), starts=[start()]))
+    with pytest.raises(AssertionError, match="queries that score a prompt are missing"):
+        ranks.execute(plan(step(compaction=Compaction(num_kept=3, new_block_ids=[[3]]))))
+
+
+def test_rows_that_come_back_without_their_scores_are_found():
+    scored = KVSparsity(policy="h2o", budget=3, interval=4)
+    for suspends in ([0], []):
+        ranks, tokens = compacted(ranks=rank(sparsity=scored))
+        ranks.execute(plan(moves={"swap_outs": [(3, 7)]}, suspends=suspends, ends=[] if suspends else [0]))
+        again = plan(step(blocks=[5]), moves={"swap_ins": [(7, 5)]},
+                     starts=[start(tokens=PROMPT + tokens, computed=6, dropped=3)])
+        if suspends:
+            ranks.execute(again)
+            continue
+        with pytest.raises(AssertionError, match="rows without their scores"):
+            ranks.execute(again)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import pytest
 
 from kvarto.cluster.metrics import Metrics
@@ -13,6 +14,7 @@ from kvarto.protos.errors import ConfigError
 from kvarto.protos.model import KVGroupSpec, ModelConfig
 from kvarto.protos.request import AddRequest, KVPool
 from kvarto.protos.sampling import SamplingParams
+from kvarto.protos.sparsity import KVSparsity
 from kvarto.protos.step import RankCosts, RankReady
 
 MODEL = ModelConfig(
@@ -180,3 +182,29 @@ def test_prefix_keys_are_new_without_one():
 def test_blocks_are_priced_over_all_ranks():
     group = engine(rank(0, block_bytes=(10,)), rank(1, block_bytes=(5,)))
     assert group._accounting._block_bytes == [15]
+
+
+SPARSE = {"kv_sparsity": "snapkv", "kv_sparsity_budget": 64}
+
+
+def test_ranks_scheduler_and_frontends_are_told_what_is_dropped():
+    group = engine(**SPARSE)
+    wanted = KVSparsity(policy="snapkv", budget=64, interval=64, window=32)
+    assert (resolved(**SPARSE).rank_config(0, 3).kv_sparsity, group.info.kv_sparsity) == (wanted, wanted)
+    assert group.scheduler.space.sparsity.spec == wanted
+
+
+def test_a_step_holds_the_queries_that_score_a_prompt_beside_the_running_sequences():
+    assert info(**SPARSE, max_num_seqs=64, max_num_batched_tokens=50).max_num_seqs == 50 - 31
+
+
+@pytest.mark.parametrize(("max_model_len", "refused"), [(2048, True), (512, False)])
+def test_sparsity_is_refused_by_name_where_layers_have_a_window(max_model_len, refused):
+    model = msgspec.structs.replace(MODEL, layer_windows=(512,))
+    config = EngineConfig.parse({"model": "m", "max_model_len": max_model_len} | SPARSE)
+    if not refused:
+        assert resolve(config, model, has_cuda=False).model is model
+        return
+    with pytest.raises(ConfigError, match="kv_sparsity='snapkv'") as caught:
+        resolve(config, model, has_cuda=False)
+    assert caught.value.param == "kv_sparsity"

@@ -27,6 +27,7 @@ from kvarto.protos.errors import InvalidRequestError
 from kvarto.protos.model import KVGroupSpec
 from kvarto.protos.request import AddRequest, EngineInfo, KVPool
 from kvarto.protos.sampling import SamplingParams
+from kvarto.protos.sparsity import KVSparsity
 from kvarto.protos.step import StepPlan
 
 
@@ -64,7 +65,8 @@ def make_scheduler(config, stored_keys, orphaned_keys):
     space = BlockSpace(
         config["kv_groups"], config["num_blocks"], config["block_size"], num_host_blocks=config["num_host_blocks"],
         enable_prefix_caching=config["caching"], hash_key=b"k" * 16, eviction_policy=config["eviction"],
-        disk_capacity=config["disk_capacity"], stored_keys=stored_keys, orphaned_keys=orphaned_keys)
+        disk_capacity=config["disk_capacity"], stored_keys=stored_keys, orphaned_keys=orphaned_keys,
+        sparsity=config["sparsity"])
     scheduler = Scheduler(
         space, SchedulerLimits(config["max_num_seqs"], config["budget"]), epoch=7, eos_token_ids=frozenset({EOS}),
         num_ranks=2, preemption_mode=config["mode"], victim_policy=config["victim"],
@@ -85,6 +87,16 @@ def _add_pools(config):
         num_blocks if group is FULL or not num_seats else enough_blocks(group, config, num_seats) for group in groups]
     config["num_host_blocks"] = [
         num_host_blocks if group is FULL or not num_seats else (num_host_blocks + 1) // 2 for group in groups]
+
+
+def _add_sparsity(config):
+    """What is dropped, and what does not go with that."""
+    policy, budget, interval, window = (config.pop(key) for key in ("policy", "kept", "interval", "observed"))
+    config["sparsity"] = policy and KVSparsity(
+        policy=policy, budget=budget, interval=interval, window=window if policy == "snapkv" else 1)
+    if policy:
+        config["layout"], config["disk_capacity"] = "full", 0
+        config["mode"] = "auto" if config["mode"] == "recompute" else config["mode"]
 
 
 def enough_blocks(group, config, num_seqs):
@@ -124,7 +136,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         corruption=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 2**16), pressure=st.booleans(),
         layout=st.sampled_from(["full", "full and window", "window", "full", "two windows"]),
         window=st.sampled_from([8, 20, 5, 12, 1, 33, 2]), num_sinks=st.sampled_from([0, 1, 3]),
-        num_seats=st.sampled_from([1, 2, 0]))
+        num_seats=st.sampled_from([1, 2, 0]), policy=st.sampled_from([None, "tova", None, "snapkv", None, "h2o", None]),
+        kept=st.sampled_from([8, 12, 5, 16, 20]), interval=st.sampled_from([8, 1, 3, 16]),
+        observed=st.sampled_from([4, 2]))
     def start(self, seed, depth, block_copy_s, pressure, **config):
         if pressure:
             # Blocks are what is short: neither seats nor budget, and results are late.
@@ -133,13 +147,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             config["disk_capacity"] = 0
         if not config["num_host_blocks"] and config["mode"] == "swap":
             config["mode"] = "auto"
+        _add_sparsity(config)
         _add_pools(config)
         self.config = config | {"costs": Costs(block_copy_s=block_copy_s, prefill_token_s=1e-3)}
         self.block_size, self.caching, self.depth = config["block_size"], config["caching"], depth
         pools = [KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks)
                  for count, group in zip(config["num_blocks"], config["kv_groups"], strict=True)]
         self.info = EngineInfo(
-            epoch=7, max_model_len=MAX_MODEL_LEN, vocab_size=memory_model.VOCAB, max_num_seqs=config["max_num_seqs"],
+            epoch=7, max_model_len=MAX_MODEL_LEN, vocab_size=memory_model.VOCAB,
+            max_num_seqs=self._most_seqs(), kv_sparsity=config["sparsity"],
             block_size=self.block_size, kv_capacity_tokens=max(config["num_blocks"]) * self.block_size,
             max_num_batched_tokens=config["budget"], kv_pools=pools, num_host_blocks=min(config["num_host_blocks"]),
             kernels="", dtype="", kv_cache_dtype="", tp_size=1, num_groups=1)
@@ -181,7 +197,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         old = request.prompt + request.outputs[index]
         follow_up = self._add(old + tail, SamplingParams(max_tokens=3), 0, request.salt, [])
         # The last token of an output is never computed.
-        if follow_up and self.caching and request.params.prompt_logprobs is None and not request.produced:
+        is_kept = self.caching and not self.config["sparsity"] and not request.produced
+        if follow_up and is_kept and request.params.prompt_logprobs is None:
             follow_up.must_hit = (len(old) - 1) // self.block_size * self.block_size
 
     @precondition(lambda self: self.requests)
@@ -205,6 +222,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_restarts += 1
         REACHED.update(self.rank.seen)
         REACHED["restarts"] += 1
+        REACHED["rechosen"] += self.scheduler.preemptor.num_rechosen
         self._start_all(self.rank.disks)
         for request_id, request in self.requests.items():
             if not request.over:
@@ -269,6 +287,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "space"):
             REACHED["steps"] += 1
             self.space.check_integrity()
+            for group in self.scheduler.groups:
+                for sequence in group.live:
+                    blocks = sequence.blocks
+                    assert sequence.num_computed_tokens == blocks.num_tokens + blocks.num_dropped
             self.is_whole = True
 
     def teardown(self):
@@ -298,7 +320,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         try:
             max_tokens = check(prompt, params, self.info)
         except InvalidRequestError:
-            blocks = -(-(len(prompt) + params.max_tokens) // self.block_size)
+            blocks = self._most_blocks(len(prompt), params.max_tokens)
             fits = all(pool.num_blocks >= min(
                 params.num_sequences * blocks, enough_blocks(pool, self.config, params.num_sequences))
                 for pool in self.info.kv_pools)
@@ -311,6 +333,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         request = self.requests[request_id] = Expected(prompt, params, priority, salt, produced)
         self._send(request_id, request)
         return request
+
+    def _most_seqs(self):
+        sparsity = self.config["sparsity"]
+        return min(self.config["max_num_seqs"], self.config["budget"] - (sparsity.window - 1 if sparsity else 0))
+
+    def _most_blocks(self, num_prompt, max_tokens):
+        """A pool that has so many for every sequence of a request is never too small for it."""
+        most, fresh, sparsity = num_prompt + max_tokens, 0, self.config["sparsity"]
+        if sparsity and (num_prompt > sparsity.budget or sparsity.policy != "snapkv"):
+            fresh = -(-sparsity.budget // self.block_size)
+            if sparsity.policy != "snapkv":
+                most = min(most, max(num_prompt, sparsity.budget + sparsity.interval))
+        return -(-most // self.block_size) + fresh
 
     def _send(self, request_id, request):
         self.scheduler.add(
@@ -330,7 +365,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.rank = memory_model.MemoryModelRank(
             self.block_size, config["num_blocks"], config["num_host_blocks"], self.rng,
             kv_groups=config["kv_groups"], disk_capacity=config["disk_capacity"], eos_token_ids=(EOS,),
-            corruption=config["corruption"])
+            corruption=config["corruption"], sparsity=config["sparsity"])
         self.rank.disks = [dict(disk) for disk in disks]
         self.held = memory_model.HeldSequences(self.block_size, config["kv_groups"])
         self.in_flight: deque[PlanInFlight] = deque()
@@ -349,6 +384,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             if delta.error is None:
                 if self.may_have_evicted:
                     request.must_hit = 0
+                sparsity = self.config["sparsity"]
+                assert not (sparsity and sparsity.policy == "h2o" and delta.num_cached_tokens), "a hit without scores"
                 # After a restart it may find its own blocks on disk.
                 others = [other for other in self.requests.values() if other is not request or self.num_restarts]
                 request.check_hits(delta, others, self.block_size)
@@ -372,6 +409,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check_the_end(self):
         assert num_used(self.space) == 0, "blocks of sequences that are gone"
+        REACHED["rechosen"] += self.scheduler.preemptor.num_rechosen
         for request_id, request in self.requests.items():
             assert request.over, f"request {request_id} never ended"
 
@@ -387,5 +425,5 @@ def test_the_machine_has_been_everywhere():
         pytest.skip("the machine has not run in this process, or was told to run little")
     for what in ("swap_outs", "swap_ins", "copies", "disk_stores", "disk_loads", "disk_drops", "failed_loads", "late",
                  "forks", "siblings", "hits", "cached", "follow_ups_hit", "errors", "restarts", "behind",
-                 "hits_behind"):
+                 "hits_behind", "compactions", "sparse_swaps", "rechosen"):
         assert REACHED[what], f"{what}: never in {REACHED['steps']} steps"

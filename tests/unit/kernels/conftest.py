@@ -8,12 +8,20 @@ import pytest
 import torch
 
 from kvarto.kernels import available_backends
+from kvarto.kernels.triton import available
 
 NATIVE = [name for name in available_backends() if name.startswith("native-")]
 
 
 @pytest.fixture(params=available_backends())
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("KVARTO_KERNELS", request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=[*available_backends(), *([available.NAME] if available.runs_on("cpu") else [])])
+def any_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Triton's interpreter too, which is slow."""
     monkeypatch.setenv("KVARTO_KERNELS", request.param)
     return str(request.param)
 

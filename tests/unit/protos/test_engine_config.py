@@ -6,6 +6,7 @@ import pytest
 
 from kvarto.protos.config import EngineConfig, ServeConfig
 from kvarto.protos.errors import ConfigError
+from kvarto.protos.sparsity import KVSparsity
 
 
 def message(cls=EngineConfig, **values):
@@ -139,3 +140,41 @@ def test_every_key_is_documented(cls):
 @pytest.mark.parametrize(("given", "name"), [({}, "m"), ({"served_model_name": "gpt"}, "gpt")])
 def test_requests_use_the_served_name(given, name):
     assert ServeConfig.parse({"model": "m"} | given).public_name == name
+
+
+SPARSE = {"kv_sparsity": "tova", "kv_sparsity_budget": 64}
+
+
+def test_nothing_is_dropped_unless_that_is_asked_for():
+    assert EngineConfig.parse({"model": "m"}).sparsity is None
+
+
+@pytest.mark.parametrize(("policy", "window"), [("h2o", 1), ("snapkv", 32), ("tova", 1)])
+def test_a_sparsity_says_what_is_kept_and_which_queries_score_it(policy, window):
+    config = EngineConfig.parse({"model": "m"} | SPARSE | {"kv_sparsity": policy, "kv_sparsity_interval": 7})
+    assert config.sparsity == KVSparsity(policy=policy, budget=64, interval=7, window=window)
+
+
+def test_a_sparsity_without_a_budget_is_refused_with_what_it_needs():
+    assert "kv_sparsity='h2o' needs kv_sparsity_budget" in message(kv_sparsity="h2o")
+
+
+def test_a_budget_without_a_sparsity_is_refused_with_the_choice():
+    assert "kv_sparsity_budget goes with a kv_sparsity: choose h2o" in message(kv_sparsity_budget=64)
+
+
+def test_a_budget_that_holds_next_to_nothing_is_refused():
+    assert message(kv_sparsity="tova", kv_sparsity_budget=31).startswith("kv_sparsity_budget: ")
+
+
+@pytest.mark.parametrize("values", [
+    {"attention_pattern": "sliding_window", "attention_window": 64}, {"preemption_mode": "recompute"},
+    {"swap_space_bytes": 0}, {"kv_disk_path": "/tmp/kv"}])
+def test_what_does_not_go_with_sparsity_is_refused_by_name(values):
+    text = message(**SPARSE, **values)
+    assert "kv_sparsity='tova'" in text and next(iter(values)) in text
+
+
+def test_a_step_that_cannot_hold_the_queries_that_score_a_prompt_is_refused():
+    assert "max_num_batched_tokens must be at least 32" in message(
+        **SPARSE | {"kv_sparsity": "snapkv"}, max_num_batched_tokens=31)
