@@ -222,11 +222,12 @@ async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
 def test_who_leaves_early_leaves_nothing_behind(models: Any, expected: Any, policy: str) -> None:
     """Requests that are cancelled, running, waiting or swapped out, beside one that goes on."""
     num_blocks = 26
+    options = dict(dtype="float32", max_model_len=MAX_MODEL_LEN, block_size=8, kv_sparsity=policy,
+                   kv_sparsity_budget=BUDGET, kv_sparsity_interval=INTERVAL, check_integrity=True,
+                   num_blocks=num_blocks, enable_prefix_caching=False, executor="inline")
 
-    async def run() -> tuple[list[int], dict[str, Any]]:
-        options = dict(dtype="float32", max_model_len=MAX_MODEL_LEN, block_size=8, kv_sparsity=policy,
-                       kv_sparsity_budget=BUDGET, kv_sparsity_interval=INTERVAL, check_integrity=True, num_blocks=num_blocks, enable_prefix_caching=False)
-        async with await AsyncLLM.start(models["gqa"][0], executor="inline", **options) as llm:
+    async def run() -> list[int]:
+        async with await AsyncLLM.start(models["gqa"][0], **options) as llm:
             keeper = asyncio.create_task(_last(llm.generate(PROMPTS[4], GREEDY)))
             streams = [llm.stream(prompt, GREEDY) for prompt in PROMPTS[1:4]]
             for stream in streams:
@@ -235,12 +236,11 @@ def test_who_leaves_early_leaves_nothing_behind(models: Any, expected: Any, poli
             for stream in streams:
                 await stream.aclose()
             output = await keeper
-            while (status := (await llm.status())["groups"]["0"])["blocks"]["free"] < num_blocks:
+            while (await llm.status())["groups"]["0"]["blocks"]["free"] < num_blocks:
                 await asyncio.sleep(0.02)
-            return output.outputs[0].token_ids, status
+            return output.outputs[0].token_ids
 
-    tokens, _ = asyncio.run(asyncio.wait_for(run(), 120))
-    assert tokens == expected("gqa", policy)[4][0]
+    assert asyncio.run(asyncio.wait_for(run(), 120)) == expected("gqa", policy)[4][0]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
