@@ -125,7 +125,7 @@ class Rank:
         hidden = self._decoder.forward(batch, self._caches, observer)
         self._table.num_computed[layout.rows] = layout.ends
         if self._sparsity is not None and observer is not None:
-            self._sparsity.finish(plan.steps, layout, observer, self._caches[0])
+            self._sparsity.finish(plan.steps, observer, self._caches[0])
         return hidden
 
     def _fork(self, fork: SequenceFork) -> None:

@@ -63,7 +63,7 @@ class Sparsity:
             raise ValueError(f"{self._spec.policy} compacts by the last {window} queries, which one step must compute")
         return Observer(batch, layout, places, np.full(len(places), window))
 
-    def finish(self, steps: list[SequenceStep], layout: StepLayout, observer: Observer, cache: torch.Tensor) -> None:
+    def finish(self, steps: list[SequenceStep], observer: Observer, cache: torch.Tensor) -> None:
         """Once the step is computed: compact what it says. `cache`: of the one KV group."""
         received = dict(zip(observer.places.tolist(), observer.scores(), strict=True))
         compacted = [place for place, step in enumerate(steps) if step.compaction is not None]
@@ -91,7 +91,7 @@ class Sparsity:
         mine = torch.cat([each.reshape(-1) for each in scores])
         every = mine.new_zeros(self._total_num_kv_heads, len(mine))
         every[self._layout.kv_heads.start] = mine
-        summed = self._comm.all_reduce(every)[self._layout.kv_heads.start].split(sizes)
+        summed = torch.split(self._comm.all_reduce(every)[self._layout.kv_heads.start], sizes)
         return [part.view(each.shape) for part, each in zip(summed, scores, strict=True)]
 
     def _move(self, steps: list[SequenceStep], chosen: list[torch.Tensor], cache: torch.Tensor) -> None:

@@ -58,7 +58,7 @@ class Scheduler:
         self.admitter = Admitter(
             space, self._queues, self._advancer, self.preemptor, self._loads,
             max_num_seqs=most_seqs(
-                space.sparsity and space.sparsity.spec, limits.max_num_seqs, limits.max_num_batched_tokens),
+                space.sparsity.spec if space.sparsity else None, limits.max_num_seqs, limits.max_num_batched_tokens),
             max_num_batched_tokens=limits.max_num_batched_tokens,
             watermark=pick(WATERMARK, "watermark_policy", watermark_policy))
         self._sequences: dict[int, Sequence] = {}

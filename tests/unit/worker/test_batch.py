@@ -191,3 +191,41 @@ def test_tokens_that_a_step_brings_are_computed_by_it(table):
     brought = run(table, SequenceStep(seq_id=1, num_tokens=1, token_ids=[42]))
     assert brought.token_ids.tolist() == [42]
     assert table.tokens(1).tolist() == [7, 8, 42]
+
+
+def compacted(table):
+    """Twenty tokens of a sequence in blocks 3, 4, 5, of which ten rows are left in 6 and 7."""
+    table.start(start(1, list(range(30))))
+    layout = lay_out([step(1, 20, 3, 4, 5)], table)
+    table.num_computed[layout.rows] = layout.ends
+    table.compact(1, 10, [[6, 7]])
+
+
+def test_a_compacted_sequence_goes_on_in_its_new_blocks_where_it_stands_in_the_text(table):
+    compacted(table)
+    layout = lay_out([step(1, 7, 9)], table)
+    batch = build(layout, table, CPU)
+    assert batch.token_ids.tolist() == batch.positions.tolist() == list(range(20, 27))
+    assert batch.slot_mapping[0].tolist() == [58, 59, 60, 61, 62, 63, 72]
+    assert batch.kv_lens.tolist() == [17]
+    assert batch.block_tables[0].tolist() == [[6, 7, 9]]
+
+
+def test_a_fork_of_a_compacted_sequence_has_dropped_as_much_and_may_copy_its_last_block(table):
+    compacted(table)
+    table.fork(SequenceFork(seq_id=2, parent_seq_id=1, seq_index=1))
+    layout = lay_out([SequenceStep(seq_id=2, num_tokens=1, copied_block_ids=[8])], table)
+    batch = build(layout, table, CPU)
+    assert (batch.positions.tolist(), batch.kv_lens.tolist()) == ([20], [11])
+    assert (batch.slot_mapping[0].tolist(), batch.block_tables[0].tolist()) == ([66], [[6, 8]])
+
+
+def test_a_sequence_comes_back_with_what_it_has_dropped(table):
+    begin = start(1, list(range(30)), computed=20)
+    begin.num_dropped_tokens = 10
+    table.start(begin)
+    batch = build(lay_out([step(1, 1, 6, 7)], table), table, CPU)
+    assert (batch.positions.tolist(), batch.slot_mapping[0].tolist()) == ([20], [58])
+    table.end(1)
+    table.start(start(2, [5, 6]))
+    assert build(lay_out([step(2, 2, 3)], table), table, CPU).slot_mapping[0].tolist() == [24, 25]
