@@ -1,7 +1,11 @@
 """What a smaller KV cache costs in quality: the perplexity of real text, token after token through the paged cache
 (teacher-forced decode, all contexts in one batch), with each cache dtype against that of the model. Prints JSON lines.
 
+With --sparsity, instead, that of the second half of each context, whose first half is the prompt: every policy at half
+the rows of a full cache (snapkv: half of the prompt's; h2o and tova: half of the context's) against keeping all.
+
 Usage: python tests/benchmarks/kv_quality.py [--dtypes auto int8 fp8] [--context N] [--contexts N] [--block-size N]
+       python tests/benchmarks/kv_quality.py --sparsity h2o snapkv tova [--context N] [--contexts N] [--block-size N]
                                                             needs: kvarto installed, the model in the cache
 """
 
@@ -13,9 +17,11 @@ import math
 import time
 
 import torch
+from sparse_reader import SparseReader
 from text import NAME, token_ids
 
 from kvarto.cluster.launcher.model import load_model_config
+from kvarto.protos.config import EngineConfig
 from kvarto.protos.sampling import SamplingParams
 from kvarto.protos.step import SequenceStart, SequenceStep
 from kvarto.worker.batch import SequenceTable, build, lay_out
@@ -28,6 +34,7 @@ from kvarto.worker.weights import open_weights
 MODEL, DTYPE = "smollm2-135m", torch.bfloat16
 CPU = torch.device("cpu")
 BARS = {"int8": 0.005, "fp8": 0.005, "int4": 0.03}
+SPARSITY_BAR = 0.05
 
 
 class Reader:
@@ -67,9 +74,27 @@ class Reader:
         return torch.stack(rows, 1)
 
 
+def measure_sparsity(policies: list[str], contexts: list[list[int]], block_size: int) -> None:
+    length = len(contexts[0])
+    num_prompt = length // 2
+    full = None
+    for policy in ["none", *policies]:
+        began = time.perf_counter()
+        budget = {"none": None, "snapkv": num_prompt // 2}.get(policy, length // 2)
+        spec = EngineConfig.parse({"model": MODEL, "kv_sparsity": policy, "kv_sparsity_budget": budget}).sparsity
+        reader = SparseReader(MODEL, DTYPE, contexts, num_prompt, block_size, spec)
+        perplexity = math.exp(-reader.logprobs().double().mean())
+        full = full or perplexity
+        print(json.dumps({
+            "kv_sparsity": policy, "budget": budget, "prompt": num_prompt, "scored": length - num_prompt,
+            "perplexity": round(perplexity, 4), "over_full": round(perplexity / full - 1, 5), "bar": SPARSITY_BAR,
+            "rows_at_end": reader.num_rows, "seconds": round(time.perf_counter() - began, 1)}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["auto", "int8", "fp8"])
+    parser.add_argument("--sparsity", nargs="+", choices=["h2o", "snapkv", "tova"])
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--contexts", type=int, default=10)
     parser.add_argument("--block-size", type=int, default=16)
@@ -78,6 +103,9 @@ def main() -> None:
     contexts = [text[begin: begin + args.context] for begin in range(0, len(text), args.context)]
     print(json.dumps({"text": NAME, "context": args.context, "stride": args.context, "tokens": len(text),
                       "block_size": args.block_size}))
+    if args.sparsity:
+        measure_sparsity(args.sparsity, contexts, args.block_size)
+        return
     reference: tuple[float, float] | None = None
     for name in args.dtypes:
         began = time.perf_counter()
