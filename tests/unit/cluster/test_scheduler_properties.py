@@ -91,11 +91,13 @@ def _add_pools(config):
 
 def _add_sparsity(config):
     """What is dropped, and what does not go with that."""
-    policy, budget, interval, window = (config.pop(key) for key in ("policy", "kept", "interval", "observed"))
+    policy, budget, interval, window, has_host = (
+        config.pop(key) for key in ("policy", "kept", "interval", "observed", "has_host"))
     config["sparsity"] = policy and KVSparsity(
         policy=policy, budget=budget, interval=interval, window=window if policy == "snapkv" else 1)
     if policy:
         config["layout"], config["disk_capacity"] = "full", 0
+        config["num_host_blocks"] *= has_host
         config["mode"] = "auto" if config["mode"] == "recompute" else config["mode"]
 
 
@@ -138,16 +140,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         window=st.sampled_from([8, 20, 5, 12, 1, 33, 2]), num_sinks=st.sampled_from([0, 1, 3]),
         num_seats=st.sampled_from([1, 2, 0]), policy=st.sampled_from([None, "tova", None, "snapkv", None, "h2o", None]),
         kept=st.sampled_from([8, 12, 5, 16, 20]), interval=st.sampled_from([8, 1, 3, 16]),
-        observed=st.sampled_from([4, 2]))
+        observed=st.sampled_from([4, 2]), has_host=st.booleans())
     def start(self, seed, depth, block_copy_s, pressure, **config):
         if pressure:
             # Blocks are what is short: neither seats nor budget, and results are late.
             depth, config["max_num_seqs"], config["budget"] = 2, 8, max(20, config["budget"])
+        _add_sparsity(config)
         if not config["caching"] or not config["num_host_blocks"]:
             config["disk_capacity"] = 0
         if not config["num_host_blocks"] and config["mode"] == "swap":
             config["mode"] = "auto"
-        _add_sparsity(config)
         _add_pools(config)
         self.config = config | {"costs": Costs(block_copy_s=block_copy_s, prefill_token_s=1e-3)}
         self.block_size, self.caching, self.depth = config["block_size"], config["caching"], depth
