@@ -135,14 +135,18 @@ class MemoryModelRank:
 
     def _change(self, plan: StepPlan) -> None:
         for fork in plan.forks:
-            assert self.texts[fork.parent_seq_id].params.beam_width, "parallel samples are siblings"
+            parent = self.texts.get(fork.parent_seq_id)
+            assert parent is None or parent.params.beam_width, "parallel samples are siblings"
             self._fork(fork)
         scored = self._sparsity is not None and self._sparsity.keeps_scores
         assert scored or not plan.suspends, "a sequence is suspended of which the ranks keep nothing"
         for seq_id in plan.suspends:
             self._kept_before[seq_id] = self.texts.pop(seq_id).kept
+        # A copy of a suspended sequence has no text here, and may end with the plan that makes it.
+        without_text = {*self.held.suspended, *plan.suspends}
+        without_text |= {fork.seq_id for fork in plan.forks if fork.parent_seq_id in self.held.suspended}
         for seq_id in plan.ends:
-            if seq_id not in self.held.suspended and seq_id not in plan.suspends:
+            if seq_id not in without_text:
                 self._kept_before[seq_id] = self.texts.pop(seq_id).kept
         for start in plan.starts:
             self._start(start)

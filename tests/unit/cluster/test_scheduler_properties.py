@@ -224,7 +224,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_restarts += 1
         REACHED.update(self.rank.seen)
         REACHED["restarts"] += 1
-        REACHED["rechosen"] += self.scheduler.preemptor.num_rechosen
         self._start_all(self.rank.disks)
         for request_id, request in self.requests.items():
             if not request.over:
@@ -411,7 +410,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check_the_end(self):
         assert num_used(self.space) == 0, "blocks of sequences that are gone"
-        REACHED["rechosen"] += self.scheduler.preemptor.num_rechosen
         for request_id, request in self.requests.items():
             assert request.over, f"request {request_id} never ended"
 
@@ -427,5 +425,5 @@ def test_the_machine_has_been_everywhere():
         pytest.skip("the machine has not run in this process, or was told to run little")
     for what in ("swap_outs", "swap_ins", "copies", "disk_stores", "disk_loads", "disk_drops", "failed_loads", "late",
                  "forks", "siblings", "hits", "cached", "follow_ups_hit", "errors", "restarts", "behind",
-                 "hits_behind", "compactions", "sparse_swaps", "rechosen"):
+                 "hits_behind", "compactions", "sparse_swaps"):
         assert REACHED[what], f"{what}: never in {REACHED['steps']} steps"
