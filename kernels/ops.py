@@ -21,14 +21,16 @@ from .checks import (
     check,
     check_device,
     check_far_sinks,
+    check_residual_tables,
     check_row_dtype,
     checked_cache,
     checked_pairs,
+    checked_residual,
     dense,
     dense_blocks,
     token_stride,
 )
-from .mask import CAUSAL, FarSinks, Mask
+from .mask import CAUSAL, FarSinks, Mask, Residual
 from .native.library import NativeAttention, NativeBlockCopy, NativeCache
 
 # Wider than any sequence is long: the kernels know no other absence of a window.
@@ -144,6 +146,7 @@ def paged_attention(
     scale: float,
     mask: Mask = CAUSAL,
     far_sinks: FarSinks | None = None,
+    residual: Residual | None = None,
 ) -> Tensor:
     """Attention of a flat ragged batch, prefill chunks and decodes together, over a paged cache.
 
@@ -158,7 +161,8 @@ def paged_attention(
     Args:
         query: `[num_tokens, num_heads, head_dim]`, of the cache's dtype, or, for a quantized cache, of float32,
             bfloat16 or float16; tokens may be any stride apart.
-        cache: as in `write_kv`; this step's K and V are already in it.
+        cache: as in `write_kv`; this step's K and V are already in it. Or, with a residual, int4 (`kv_layout.py`): the
+            blocks before those that queries stand in; blocks of the step that later queries of it see are in it too.
         layer: index into the cache's layers.
         block_tables: `[num_seqs, max_blocks]` int32; entries of blocks without a row that is seen are not looked at.
         query_start_loc: `[num_seqs + 1]` int32, from 0 to num_tokens; a sequence may have no query.
@@ -166,6 +170,7 @@ def paged_attention(
         scale: factor of the scores, usually `head_dim ** -0.5`.
         mask: window, sinks and soft cap of the scores.
         far_sinks: how sinks behind the window are scored, if unlike other rows.
+        residual: of an int4 cache, where the blocks that queries stand in are; this step's K and V are already in it.
 
     Returns:
         `[num_tokens, num_heads, head_dim]` of query's dtype, contiguous; computed in float32.
@@ -176,13 +181,17 @@ def paged_attention(
             contradict one another (Triton trusts the values, because the host does not wait for the device).
     """
     name = backend(cache.device.type)
-    shape, device = checked_cache(cache, layer, name), cache.device
+    device = cache.device
+    if residual is None:
+        shape = checked_cache(cache, layer, name)
+    else:
+        shape = checked_residual(residual.cache, residual.layer, cache, layer, name)
     if query.dim() != 3 or query.shape[2] != shape.head_dim or query.shape[1] % shape.num_kv_heads != 0:
         raise ValueError(
             f"query must be [num_tokens, a multiple of {shape.num_kv_heads} KV heads, {shape.head_dim}], "
             f"got {list(query.shape)}"
         )
-    check_row_dtype("query", query, cache)
+    check_row_dtype("query", query, cache if residual is None else residual.cache)
     check("query", query, query.dtype, query.shape, device)
     token_stride("query", query)
     if far_sinks is not None:
@@ -193,10 +202,14 @@ def paged_attention(
     check("kv_lens", kv_lens, torch.int32, (num_seqs,), device)
     check("block_tables", block_tables, torch.int32, (num_seqs, block_tables.shape[1]), device)
     check("query_start_loc", query_start_loc, torch.int32, (num_seqs + 1,), device)
+    if residual is not None:
+        check_residual_tables(residual, block_tables)
     if name == REFERENCE:
         return reference.paged_attention(
-            query, cache, layer, block_tables, query_start_loc, kv_lens, scale, mask, far_sinks
+            query, cache, layer, block_tables, query_start_loc, kv_lens, scale, mask, far_sinks, residual
         )
+    if residual is not None:
+        raise NotImplementedError(f"int4 on {name}")
     ragged = (dense(block_tables, "block_tables"), dense(query_start_loc, "query_start_loc"), dense(kv_lens, "kv_lens"))
     if name == TRITON:
         launch = triton_launch()
