@@ -22,6 +22,8 @@ STATUS_MESSAGES = {
     4: "block_tables: sequence {} names a block outside the cache",
     5: "slot_mapping: the slot of token {} is outside the cache",
     6: "pairs: pair {} names a block outside its tensor",
+    7: "residual.block_tables: sequence {} names a block outside the cache",
+    8: "blocks: entry {} names a block outside its cache",
 }
 
 

@@ -19,6 +19,7 @@ MAX_HEAD_DIM = 256
 # The numbers of abi.h.
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CACHE_DTYPE_NUMBERS = {**DTYPE_NUMBERS, torch.int8: 3, FP8: 4}
+INT4_NUMBER = 5
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 

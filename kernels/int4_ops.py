@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from . import reference
-from .backends import backend
-from .checks import REFERENCE, check, checked_residual, dense
+from .backends import backend, native_library, raise_for
+from .checks import DTYPE_NUMBERS, INT4_NUMBER, REFERENCE, TRITON, check, checked_residual, dense
+from .native.library import native_cache
 
 
 def quantize_blocks(
@@ -32,11 +35,28 @@ def quantize_blocks(
             drops that block instead, because the host does not wait for the device).
     """
     name = backend(cache.device.type)
-    checked_residual(residual, residual_layer, cache, layer, name)
+    shape = checked_residual(residual, residual_layer, cache, layer, name)
     check("blocks", blocks, torch.int64, (blocks.numel(),), cache.device)
     check("residual_blocks", residual_blocks, torch.int64, (blocks.numel(),), cache.device)
     dense(blocks, "blocks")
     dense(residual_blocks, "residual_blocks")
-    if name != REFERENCE:
+    if name == REFERENCE:
+        reference.quantize_blocks(residual, residual_layer, residual_blocks, cache, layer, blocks)
+        return
+    if name == TRITON:
         raise NotImplementedError(f"int4 on {name}")
-    reference.quantize_blocks(residual, residual_layer, residual_blocks, cache, layer, blocks)
+    library = native_library()
+    detail = ctypes.c_int64()
+    status = library.quantize_blocks(
+        native_cache(residual, shape, DTYPE_NUMBERS[residual.dtype]),
+        native_cache(cache, shape, INT4_NUMBER),
+        residual_blocks.data_ptr(),
+        blocks.data_ptr(),
+        blocks.numel(),
+        residual_layer,
+        layer,
+        library.isas[name],
+        torch.get_num_threads(),
+        detail,
+    )
+    raise_for(status, detail.value)

@@ -99,8 +99,8 @@ def int4_parts(cache: Tensor, block_size: int, head_dim: int) -> Int4Parts:
     sizes = [half, half, 2 * head_dim, 2 * block_size, head_dim, block_size]
     key_codes, value_codes, key_scales, value_scales, key_zeros, value_zeros = torch.split(cache, sizes, -1)
     return Int4Parts(
-        key_codes.unflatten(-1, (block_size, -1)),
-        value_codes.unflatten(-1, (block_size, -1)),
+        key_codes.view(*cache.shape[:-1], block_size, -1),
+        value_codes.view(*cache.shape[:-1], block_size, -1),
         key_scales.view(torch.bfloat16),
         value_scales.view(torch.bfloat16),
         key_zeros.view(torch.int8),

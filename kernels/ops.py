@@ -15,9 +15,9 @@ from .backends import backend, native_library, raise_for, triton_launch
 from .checks import (
     CACHE_DTYPE_NUMBERS,
     DTYPE_NUMBERS,
+    INT4_NUMBER,
     REFERENCE,
     TRITON,
-    CacheShape,
     check,
     check_device,
     check_far_sinks,
@@ -31,7 +31,7 @@ from .checks import (
     token_stride,
 )
 from .mask import CAUSAL, FarSinks, Mask, Residual
-from .native.library import NativeAttention, NativeBlockCopy, NativeCache
+from .native.library import NativeAttention, NativeBlockCopy, NativeCache, native_cache
 
 # Wider than any sequence is long: the kernels know no other absence of a window.
 NO_WINDOW = 2**31
@@ -74,7 +74,7 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
     library = native_library()
     detail = ctypes.c_int64()
     status = library.write_kv(
-        _native_cache(cache, shape),
+        native_cache(cache, shape, CACHE_DTYPE_NUMBERS[cache.dtype]),
         key.data_ptr(),
         value.data_ptr(),
         dense(slot_mapping, "slot_mapping").data_ptr(),
@@ -208,10 +208,10 @@ def paged_attention(
         return reference.paged_attention(
             query, cache, layer, block_tables, query_start_loc, kv_lens, scale, mask, far_sinks, residual
         )
-    if residual is not None:
-        raise NotImplementedError(f"int4 on {name}")
     ragged = (dense(block_tables, "block_tables"), dense(query_start_loc, "query_start_loc"), dense(kv_lens, "kv_lens"))
     if name == TRITON:
+        if residual is not None:
+            raise NotImplementedError(f"int4 on {name}")
         launch = triton_launch()
         attended: Tensor = launch.paged_attention(
             query, launch.LayerCache.of(cache, layer), *ragged, scale, mask, far_sinks
@@ -219,7 +219,11 @@ def paged_attention(
         return attended
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     library, detail = native_library(), ctypes.c_int64()
-    call = _native_attention(query, _native_cache(cache, shape), layer, ragged, scale, mask, far_sinks, out)
+    number = CACHE_DTYPE_NUMBERS[cache.dtype] if residual is None else INT4_NUMBER
+    call = _native_attention(query, native_cache(cache, shape, number), layer, ragged, scale, mask, far_sinks, out)
+    if residual is not None:
+        call.residual = native_cache(residual.cache, shape, CACHE_DTYPE_NUMBERS[residual.cache.dtype])
+        call.residual_tables, call.residual_layer = residual.block_tables.data_ptr(), residual.layer
     call.isa = library.isas[name]
     raise_for(library.paged_attention(call, detail), detail.value)
     return out
@@ -264,7 +268,3 @@ def _native_attention(
         dtype=DTYPE_NUMBERS[query.dtype],
         num_threads=torch.get_num_threads(),
     )
-
-
-def _native_cache(cache: Tensor, shape: CacheShape) -> NativeCache:
-    return NativeCache(cache.data_ptr(), *shape, CACHE_DTYPE_NUMBERS[cache.dtype])

@@ -79,9 +79,9 @@ def _quantize_int4(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes `[..., n]`, scales `[...]` bfloat16 and zeros `[...]` int8 of float32 vectors `[..., n]`."""
     low, high = vectors.amin(-1), vectors.amax(-1)
     largest = torch.maximum(high.abs(), low.abs())
-    scales = torch.maximum((high - low) / INT4_LARGEST_CODE, largest / INT4_LARGEST_ZERO)
-    scales = ((scales.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)  # up to the next of bfloat16
-    scales = scales.masked_fill(~scales.isfinite(), float("nan"))
+    steps = torch.maximum((high - low) / INT4_LARGEST_CODE, largest / INT4_LARGEST_ZERO)
+    scales = ((steps.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)  # up to the next of bfloat16
+    scales = scales.masked_fill(~(steps.isfinite() & scales.isfinite()), float("nan"))
     used = scales > 0
     divisors = scales.where(used, 1.0)
     zeros = (-low / divisors).round().clamp(-128, 127).where(used, 0.0)
@@ -117,37 +117,40 @@ def paged_attention(
         begin, end = starts[seq], starts[seq + 1]
         if begin == end:
             continue
-        first = kv_len - (end - begin)  # row of the first query, which sees farthest back
-        behind = 0 if mask.window is None else max(0, first - mask.window + 1)
-        rows = torch.cat((torch.arange(min(mask.num_sinks, behind)), torch.arange(behind, kv_len))).to(cache.device)
-        positions = torch.arange(first, kv_len, device=cache.device)
-        if residual is None:
-            held = [("block_tables", cache, layer, block_tables[seq], rows)]
-            seen = rows <= positions[:, None]
-        else:
-            own = positions // block_size * block_size
-            before, since = rows[rows < own[-1]], rows[rows >= own[0]]
+        rows = torch.arange(kv_len, device=cache.device)
+        positions = rows[kv_len - (end - begin) :]
+        seen = _seen(mask, rows, positions)
+        held = [("block_tables", cache, layer, block_tables[seq], seen)]
+        if residual is not None:
+            own = rows >= (positions // block_size * block_size)[:, None]
             held = [
-                ("block_tables", cache, layer, block_tables[seq], before),
-                ("residual.block_tables", residual.cache, residual.layer, residual.block_tables[seq], since),
+                ("block_tables", cache, layer, block_tables[seq], seen & ~own),
+                ("residual.block_tables", residual.cache, residual.layer, residual.block_tables[seq], seen & own),
             ]
-            rows = torch.cat((before, since))
-            seen = torch.cat((before < own[:, None], (since >= own[:, None]) & (since <= positions[:, None])), 1)
-        keys, values = [], []
-        for label, pool, pool_layer, table, wanted in held:
+        parts = []
+        for label, pool, pool_layer, table, seen_there in held:
+            wanted = rows[seen_there.any(0)]
             block_ids = table[wanted // block_size].long()
             if ((block_ids < 0) | (block_ids >= len(pool))).any():
                 raise ValueError(f"{label}: sequence {seq} names a block outside the cache")
-            part = _read(pool, pool_layer, block_ids, wanted % block_size, block_size, query.shape[2])
-            keys.append(part[0])
-            values.append(part[1])
+            keys_and_values = _read(pool, pool_layer, block_ids, wanted % block_size, block_size, query.shape[2])
+            parts.append((*keys_and_values, wanted.unsqueeze(0), seen_there[:, wanted]))
+        keys, values, read_rows, read_seen = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         far = None
         if far_sinks is not None:
             far = FarSinks(far_sinks.query[begin:end].float(), far_sinks.cos, far_sinks.sin)
         out[begin:end] = _attend(
-            query[begin:end].float(), positions, torch.cat(keys, 1), torch.cat(values, 1), rows, seen, scale, mask, far
+            query[begin:end].float(), positions, keys, values, read_rows[0], read_seen, scale, mask, far
         )
     return out
+
+
+def _seen(mask: Mask, rows: Tensor, positions: Tensor) -> Tensor:
+    """`[num_queries, num_rows]`."""
+    causal = rows <= positions[:, None]
+    if mask.window is None:
+        return causal
+    return causal & ((rows > positions[:, None] - mask.window) | (rows < mask.num_sinks))
 
 
 def _read(
@@ -183,21 +186,17 @@ def _attend(
     mask: Mask,
     far_sinks: FarSinks | None,
 ) -> Tensor:
-    """`seen`: `[num_queries, num_rows]`, before the window."""
     num_queries, num_heads, head_dim = query.shape
     group = num_heads // keys.shape[0]
     scores = _dots(query, keys) * scale  # [num_kv_heads, group, num_queries, num_rows]
-    row, query_row = key_positions, positions[:, None]
-    if mask.window is not None:
-        sinks, near = row < mask.num_sinks, row > query_row - mask.window
-        seen = seen & (near | sinks)
-        if far_sinks is not None:
-            turned = keys
-            if far_sinks.cos is not None and far_sinks.sin is not None:
-                angles = row[sinks]
-                turned = keys.clone()
-                turned[:, sinks] = _turn_back(keys[:, sinks], far_sinks.cos[angles], far_sinks.sin[angles])
-            scores = torch.where(sinks & ~near, _dots(far_sinks.query, turned) * scale, scores)
+    if mask.window is not None and far_sinks is not None:
+        sinks, turned = key_positions < mask.num_sinks, keys
+        if far_sinks.cos is not None and far_sinks.sin is not None:
+            angles = key_positions[sinks]
+            turned = keys.clone()
+            turned[:, sinks] = _turn_back(keys[:, sinks], far_sinks.cos[angles], far_sinks.sin[angles])
+        far = sinks & (key_positions <= positions[:, None] - mask.window)
+        scores = torch.where(far, _dots(far_sinks.query, turned) * scale, scores)
     if mask.soft_cap is not None:
         scores = mask.soft_cap * (scores / mask.soft_cap).tanh()
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
