@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import backend, native_library, raise_for
+from .backends import backend, native_library, raise_for, triton_launch
 from .checks import DTYPE_NUMBERS, INT4_NUMBER, REFERENCE, TRITON, check, checked_residual, dense
 from .native.library import native_cache
 
@@ -44,7 +44,10 @@ def quantize_blocks(
         reference.quantize_blocks(residual, residual_layer, residual_blocks, cache, layer, blocks)
         return
     if name == TRITON:
-        raise NotImplementedError(f"int4 on {name}")
+        launch = triton_launch()
+        source = launch.LayerCache.of(residual, residual_layer)
+        launch.quantize_blocks(source, residual_blocks, launch.LayerCache.int4(cache, layer, source), blocks)
+        return
     library = native_library()
     detail = ctypes.c_int64()
     status = library.quantize_blocks(

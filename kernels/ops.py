@@ -210,12 +210,12 @@ def paged_attention(
         )
     ragged = (dense(block_tables, "block_tables"), dense(query_start_loc, "query_start_loc"), dense(kv_lens, "kv_lens"))
     if name == TRITON:
-        if residual is not None:
-            raise NotImplementedError(f"int4 on {name}")
         launch = triton_launch()
-        attended: Tensor = launch.paged_attention(
-            query, launch.LayerCache.of(cache, layer), *ragged, scale, mask, far_sinks
-        )
+        if residual is None:
+            rows = launch.LayerCache.of(cache, layer)
+        else:
+            rows = launch.LayerCache.int4(cache, layer, launch.LayerCache.of(residual.cache, residual.layer))
+        attended: Tensor = launch.paged_attention(query, rows, *ragged, scale, mask, far_sinks, residual)
         return attended
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     library, detail = native_library(), ctypes.c_int64()

@@ -54,10 +54,8 @@ class Int4Rows {
   void values(int64_t first, Span held, int64_t head, float* wide) const {
     each_block(first, held, head, [&](const char* block, int64_t offset, int64_t place, int64_t count) {
       for (int64_t j = 0; j < count; ++j) {
-        float scale[WIDTH], zero_code[WIDTH];
-        store(scale, load_some((const bf16*)(block + head_.value_scales) + offset + j, 1));
-        store(zero_code, load_some((const i8*)(block + head_.value_zeros) + offset + j, 1));
-        const Vec row_scale = set1(scale[0]), row_bias = bias(row_scale, set1(zero_code[0]));
+        const Vec row_scale = set1(to_float(((const bf16*)(block + head_.value_scales))[offset + j]));
+        const Vec row_bias = bias(row_scale, set1((float)((const int8_t*)(block + head_.value_zeros))[offset + j]));
         const uint8_t* codes = (const uint8_t*)block + head_.value_codes + (offset + j) * half_;
         float* out = wide + (place + j) * padded_dim_;
         each_columns([&](int64_t d) __attribute__((always_inline)) {
@@ -78,6 +76,12 @@ class Int4Rows {
   }
 
  private:
+  static KVARTO_MEMBER float to_float(bf16 x) {
+    const uint32_t bits = (uint32_t)x.bits << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
   static KVARTO_MEMBER Vec bias(Vec scale, Vec zero_code) { return sub(zero(), mul(zero_code, scale)); }
 
   // Calls visit(d) for columns d and half_ + d of every vector, from the last: what a vector of low halves has past the

@@ -128,9 +128,9 @@ class Int4Batch:
             self, before=self.before.only(seq, first, last), own=self.own.only(seq, first, last),
             block_tables=self.block_tables[seq:seq + 1], residual_tables=self.residual_tables[seq:seq + 1])
 
-    def assert_close(self, out: Tensor, rounded_weights: bool = False) -> None:
-        """Within what float32 accumulation and one rounding to the dtype may cost; `rounded_weights`: and that of what
-        tensor cores multiply, weights and the sums of values with scales, to the dtype."""
+    def assert_close(self, out: Tensor, tensor_cores: bool = False) -> None:
+        """Within what float32 accumulation and one rounding to the dtype may cost; `tensor_cores`: and the rounding of
+        what they multiply, keys and weights, to the dtype."""
         mask, dtype = self.own.mask, out.dtype
         unit = torch.finfo(dtype).eps  # twice what rounding costs: the interpreter truncates bfloat16
         for seq, got in enumerate(out.split([len(query) for query in self.own.queries])):
@@ -139,7 +139,8 @@ class Int4Batch:
                 attention_batch.dense_scores(batch, seq) for batch in (self.before, self.own))
             in_own = is_own(kv_len, num_queries, self.block_size)
             scores = torch.where(in_own, now, before)
-            error = (head_dim + 16) * FLOAT32_UNIT * max(largest, own_largest)
+            per_term = (head_dim + 16) * FLOAT32_UNIT + (unit if tensor_cores else 0.0)
+            error = per_term * max(largest, own_largest)
             if mask.soft_cap is not None:
                 scores = mask.soft_cap * (scores / mask.soft_cap).tanh()
                 error += 8 * FLOAT32_UNIT * mask.soft_cap
@@ -153,9 +154,9 @@ class Int4Batch:
             relative = 2 * error + (kv_len + 64) * FLOAT32_UNIT
             largest_value = max(float(v.abs().amax()) for v in (self.before.values[seq], self.own.values[seq]))
             bound = largest_value * relative + FLOAT32_UNIT
-            if rounded_weights:
+            if tensor_cores:
                 bound = bound + unit * magnitude + kv_len * torch.finfo(dtype).smallest_normal * unit * largest_value
-            bound = bound + unit / (1 if rounded_weights else 2) * (expected.abs() + bound)
+            bound = bound + unit / (1 if tensor_cores else 2) * (expected.abs() + bound)
             assert ((got.double().transpose(0, 1) - expected).abs() <= bound).all()
 
 
