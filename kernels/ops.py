@@ -155,8 +155,8 @@ def paged_attention(
     behind its window) may hold anything, and what a query does not see has no part in its result.
 
     On the native backends the bits of a query's result depend only on that query and on the rows it sees: not on
-    the batch, the chunking of the prefill, the blocks and block_size, or the number of threads. With Triton this holds
-    of decodes (sequences with one query), not of chunks.
+    the batch, the chunking of the prefill, the blocks and (but for int4) block_size, or the number of threads. With
+    Triton this holds of decodes (sequences with one query), not of chunks.
 
     Args:
         query: `[num_tokens, num_heads, head_dim]`, of the cache's dtype, or, for a quantized cache, of float32,
@@ -215,7 +215,7 @@ def paged_attention(
             rows = launch.LayerCache.of(cache, layer)
         else:
             rows = launch.LayerCache.int4(cache, layer, launch.LayerCache.of(residual.cache, residual.layer))
-        attended: Tensor = launch.paged_attention(query, rows, *ragged, scale, mask, far_sinks, residual)
+        attended: Tensor = launch.paged_attention(query, rows, *ragged, scale, mask, far_sinks, residual=residual)
         return attended
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     library, detail = native_library(), ctypes.c_int64()

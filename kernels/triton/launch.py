@@ -82,7 +82,7 @@ def write_kv(key: Tensor, value: Tensor, cache: LayerCache, slot_mapping: Tensor
 
 def paged_attention(query: Tensor, cache: LayerCache, block_tables: Tensor, query_start_loc: Tensor, kv_lens: Tensor,
                     scale: float, mask: Mask = CAUSAL, far_sinks: FarSinks | None = None,
-                    residual: Residual | None = None, max_query_len: int | None = None) -> Tensor:
+                    max_query_len: int | None = None, residual: Residual | None = None) -> Tensor:
     """As `ops.paged_attention`. `max_query_len`: of the longest sequence, where the host knows it; kernels that
     it shows to have nothing to do are not launched."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)

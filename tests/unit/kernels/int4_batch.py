@@ -164,3 +164,32 @@ def is_own(kv_len: int, num_queries: int, block_size: int) -> Tensor:
     """`[num_queries, kv_len]`: which rows come no earlier than the block that the query stands in."""
     own = torch.arange(kv_len - num_queries, kv_len) // block_size * block_size
     return torch.arange(kv_len) >= own[:, None]
+
+
+def random_residual(dtype: torch.dtype, num_kv_heads: int, block_size: int = 16, head_dim: int = 24,
+                    num_blocks: int = 4) -> Tensor:
+    """Of many magnitudes and offsets, in a row, in a channel and between heads."""
+    shape = (num_blocks, 2, 2, num_kv_heads, block_size, head_dim)
+    magnitudes = 2.0 ** torch.randint(-6, 7, (*shape[:4], 1, 1)) * torch.rand(head_dim) ** 4
+    offsets = torch.randn(*shape[:4], 1, head_dim) * torch.randint(4, (head_dim,)) ** 3
+    return ((torch.randn(shape) + offsets) * magnitudes).to(dtype)
+
+
+def by_the_formula(vectors: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], Array, npt.NDArray[np.int8]]:
+    """Codes, scales and zeros of finite float32 `[..., n]`, step by step in float32."""
+    low, high = vectors.min(-1, keepdims=True), vectors.max(-1, keepdims=True)
+    exact = np.maximum((high - low) / np.float32(15), np.maximum(abs(low), abs(high)) / np.float32(120))
+    near = torch.from_numpy(exact).bfloat16()
+    up = torch.where(near.float() < torch.from_numpy(exact), near.nextafter(torch.tensor(torch.inf).bfloat16()), near)
+    scale = up.float().numpy()
+    with np.errstate(all="ignore"):
+        zero = np.where(scale > 0, np.clip(np.rint(-low / scale), -128, 127), 0)
+        codes = np.where(scale > 0, np.clip(np.rint(vectors / scale) + zero, 0, 15), 0)
+    return codes.astype(np.uint8), scale[..., 0].astype(float), zero[..., 0].astype(np.int8)
+
+
+def expected_block(keys: Tensor, values: Tensor) -> Block:
+    """`[num_kv_heads, block_size, head_dim]` each."""
+    key_codes, *of_keys = by_the_formula(keys.float().numpy().swapaxes(-1, -2))
+    value_codes, *of_values = by_the_formula(values.float().numpy())
+    return Block(np.stack([key_codes.swapaxes(-1, -2), value_codes]), *of_keys, *of_values)

@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from kvarto.kernels.kv_layout import int4_head_bytes, int4_parts, pack_int4, unp
 _spec = importlib.util.spec_from_file_location("int4_batch", Path(__file__).with_name("int4_batch.py"))
 sys.modules["int4_batch"] = int4_batch = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(int4_batch)
-Block = int4_batch.Block
+Block, expected_block, random_residual = int4_batch.Block, int4_batch.expected_block, int4_batch.random_residual
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS, LAYERS = 2, 3
@@ -32,34 +31,6 @@ def written(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = torch.randperm(num_blocks + 2)[:num_blocks]
     quantize_blocks(residual, 1, torch.arange(num_blocks), cache, 2, blocks)
     return cache, blocks, cache[blocks, 2]
-
-
-def random_residual(dtype: torch.dtype, block_size: int = 16, head_dim: int = 24, num_blocks: int = 4) -> Tensor:
-    """Of many magnitudes and offsets, in a row, in a channel and between heads."""
-    shape = (num_blocks, 2, 2, HEADS, block_size, head_dim)
-    magnitudes = 2.0 ** torch.randint(-6, 7, (*shape[:4], 1, 1)) * torch.rand(head_dim) ** 4
-    offsets = torch.randn(*shape[:4], 1, head_dim) * torch.randint(4, (head_dim,)) ** 3
-    return ((torch.randn(shape) + offsets) * magnitudes).to(dtype)
-
-
-def by_the_formula(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes, scales and zeros of finite float32 `[..., n]`, step by step in float32."""
-    low, high = vectors.min(-1, keepdims=True), vectors.max(-1, keepdims=True)
-    exact = np.maximum((high - low) / np.float32(15), np.maximum(abs(low), abs(high)) / np.float32(120))
-    near = torch.from_numpy(exact).bfloat16()
-    up = torch.where(near.float() < torch.from_numpy(exact), near.nextafter(torch.tensor(torch.inf).bfloat16()), near)
-    scale = up.float().numpy()
-    with np.errstate(all="ignore"):
-        zero = np.where(scale > 0, np.clip(np.rint(-low / scale), -128, 127), 0)
-        codes = np.where(scale > 0, np.clip(np.rint(vectors / scale) + zero, 0, 15), 0)
-    return codes.astype(np.uint8), scale[..., 0].astype(float), zero[..., 0].astype(np.int8)
-
-
-def expected_block(keys: Tensor, values: Tensor) -> Block:
-    """`[num_kv_heads, block_size, head_dim]` each."""
-    key_codes, *of_keys = by_the_formula(keys.float().numpy().swapaxes(-1, -2))
-    value_codes, *of_values = by_the_formula(values.float().numpy())
-    return Block(np.stack([key_codes.swapaxes(-1, -2), value_codes]), *of_keys, *of_values)
 
 
 def read(block: Tensor, block_size: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +57,7 @@ def test_an_int4_block_has_the_bytes_of_its_parts() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("block_size", "head_dim"), [(8, 8), (16, 64), (32, 80), (64, 96), (128, 256), (16, 40)])
 def test_every_byte_is_that_of_the_formula(block_size: int, head_dim: int, dtype: torch.dtype) -> None:
-    residual = random_residual(dtype, block_size, head_dim)
+    residual = random_residual(dtype, HEADS, block_size, head_dim)
     _, _, found = written(residual)
     for block, got in zip(residual[:, 1], found, strict=True):
         assert torch.equal(got, expected_block(*block).bytes())
@@ -105,7 +76,7 @@ def test_ties_go_to_even_codes_and_what_fits_sixteen_codes_is_kept() -> None:
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_half_a_step_at_most(dtype: torch.dtype) -> None:
-    residual = random_residual(dtype, num_blocks=20)
+    residual = random_residual(dtype, HEADS, num_blocks=20)
     _, _, found = written(residual)
     parts = int4_parts(found, 16, 24)
     for got, meant, scale in zip(read(found, 16, 24), residual[:, 1].double().unbind(1),
@@ -136,7 +107,7 @@ def test_zeros_read_as_zeros_and_what_is_not_finite_as_nan() -> None:
 
 @pytest.mark.usefixtures("backend")
 def test_blocks_land_in_their_place_and_nowhere_else() -> None:
-    cache, blocks, found = written(random_residual(torch.float32))
+    cache, blocks, found = written(random_residual(torch.float32, HEADS))
     assert (found != 255).any(-1).all()
     cache[blocks, 2] = 255
     assert (cache == 255).all()
@@ -146,7 +117,7 @@ def test_blocks_land_in_their_place_and_nowhere_else() -> None:
 
 @pytest.mark.usefixtures("native_backend")
 def test_threads_share_blocks() -> None:
-    residual = random_residual(torch.bfloat16, 128, 64, 20)
+    residual = random_residual(torch.bfloat16, HEADS, 128, 64, 20)
     _, _, found = written(residual)
     torch.set_num_threads(3)
     assert torch.equal(written(residual)[2], found)

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from kvarto.kernels import Mask, quantize_blocks
-from kvarto.kernels.kv_layout import int4_head_bytes
+from kvarto.kernels.kv_layout import int4_head_bytes, int4_parts
 from kvarto.kernels.triton.available import interpreted
 
 _spec = importlib.util.spec_from_file_location("int4_batch", Path(__file__).with_name("int4_batch.py"))
@@ -60,6 +60,31 @@ def test_decode_of_a_sequence_does_not_depend_on_the_others(mask: Mask) -> None:
     lens = [(1, 1), (16, 1), (17, 1), (257, 1), (600, 1)]
     batch = Int4Batch.random(lens, torch.bfloat16, (4, 2), mask=mask, far_sinks="query" if mask.window else "")
     assert torch.equal(torch.cat([batch.only(seq).run() for seq in range(len(lens))]), batch.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("block_size", "head_dim"), [(8, 8), (16, 64), (32, 80), (128, 96)])
+def test_every_byte_of_a_block_is_that_of_the_formula(block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    residual = int4_batch.random_residual(dtype, 2, block_size, head_dim)
+    residual[0, 1, :, 0] = 0.0
+    cache = torch.full((5, 3, 2, int4_head_bytes(block_size, head_dim)), 255, dtype=torch.uint8)
+    blocks = torch.tensor([4, 0, 3, 1])
+    quantize_blocks(residual, 1, torch.arange(4), cache, 2, blocks)
+    for block, got in zip(residual[:, 1], cache[blocks, 2], strict=True):
+        assert torch.equal(got, int4_batch.expected_block(*block).bytes())
+    cache[blocks, 2] = 255
+    assert (cache == 255).all()
+
+
+@pytest.mark.parametrize("spoiler", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_reads_as_nan_and_spoils_nothing_else(spoiler: float) -> None:
+    residual = torch.randn(1, 1, 2, 1, 16, 24)
+    residual[0, 0, :, 0, 3, 15] = spoiler
+    cache = torch.zeros(1, 1, 1, int4_head_bytes(16, 24), dtype=torch.uint8)
+    quantize_blocks(residual, 0, torch.tensor([0]), cache, 0, torch.tensor([0]))
+    parts = int4_parts(cache[0, 0, 0], 16, 24)
+    assert parts.key_scales.isnan().nonzero().tolist() == [[15]]
+    assert parts.value_scales.isnan().nonzero().tolist() == [[3]]
 
 
 def test_what_names_a_block_outside_its_cache_is_dropped() -> None:
