@@ -205,8 +205,7 @@ def attend_tile(q, far_q, far, acc, row_max, row_sum, positions, start, oldest, 
             weights *= (value_scales * UNIT)[None, :]
         v = tl.load(value_ptr + offs_row[:, None] + offs_d[None, :], mask=row_mask[:, None] & dim_mask[None, :],
                     other=0)
-        v = widened(v, q.dtype)
-    return dot(weights.to(q.dtype), v, acc * shrink[:, None]), new_max, row_sum
+    return dot(weights.to(q.dtype), widened(v, q.dtype), acc * shrink[:, None]), new_max, row_sum
 
 
 @triton.jit
