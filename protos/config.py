@@ -27,8 +27,9 @@ class EngineConfig(BaseModel):
     num_worker_groups: Positive = Field(1, description="Copies of the model, each a tensor-parallel worker group.")
     max_model_len: Positive | None = Field(
         None, description="Most tokens of a sequence, prompt and output; default: what the model was made for.")
-    kv_cache_dtype: Literal["auto", "int8", "fp8"] = Field(
-        "auto", description="Of the KV cache; auto: as `dtype`. int8, fp8 (E3M4): nearly twice the tokens of bfloat16.")
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "int4"] = Field(
+        "auto", description="Of the KV cache; auto: as `dtype`. int8, fp8 (E3M4): nearly twice the tokens of bfloat16. "
+        "int4 (KIVI): more than three times, beside a block of `dtype` for each of max_num_seqs sequences.")
     attention_pattern: Literal["model", "sliding_window", "streaming_llm", "lm_infinite", "longformer"] = Field(
         "model", description="What full-attention layers see. model: everything; sliding_window: the last "
         "attention_window tokens; the others also the first attention_sinks: streaming_llm with positions inside the "
