@@ -72,7 +72,8 @@ class Decoder:
     @classmethod
     @torch.inference_mode()
     def load(cls, config: ModelConfig, layout: TPLayout, source: WeightSource, dtype: torch.dtype,
-             device: torch.device, comm: Communicator, max_model_len: int | None = None, kv_cache_dtype: str = "auto") -> Decoder:
+             device: torch.device, comm: Communicator, max_model_len: int | None = None,
+             kv_cache_dtype: str = "auto") -> Decoder:
         """Read this rank's weights from `source`, as `dtype` on `device`.
 
         `max_model_len` bounds the positions that a batch may name; default: what the model was made for.
@@ -137,7 +138,8 @@ class Decoder:
             angles = 1 if windowed and len(self._rotary) > 1 else 0
         spec = self.kv_groups[group]
         return Attention(
-            group, layer_in_group, layer if self.kv_groups[-1].residual else None, angles, layout.num_heads, layout.num_kv_heads, config.head_dim,
+            group, layer_in_group, layer if self.kv_groups[-1].residual else None, angles, layout.num_heads,
+            layout.num_kv_heads, config.head_dim,
             scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
             mask=Mask(spec.window, spec.num_sinks, config.attention_softcap),
             qkv=shard.column_parallel(("q", "k", "v"), layer), q_norm=shard.optional_norm("q_norm", layer),

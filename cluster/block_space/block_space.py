@@ -51,7 +51,7 @@ class BlockSpace:
                       for n in num_host_blocks or [0] * len(num_blocks)]
         self.prefix_keys = PrefixKeys(hash_key, block_size)
         self.moves = PlanMoves(len(kv_groups))
-        # Those whose blocks are found by their contents: a residual has none that is full for longer than a step.
+        # A residual's blocks are found by nobody: what is full there was quantized.
         self._keyed_groups = [group for group, spec in enumerate(kv_groups) if not spec.residual]
         self.tiers = Tiers(self.devices, self.hosts, self.moves, self._keyed_groups, disk_capacity=disk_capacity,
                            stored_keys=stored_keys, orphaned_keys=orphaned_keys)
@@ -83,10 +83,9 @@ class BlockSpace:
     def capacity_tokens(self) -> int:
         """Tokens that one sequence, alone, could hold; where every KV group has a window, those that the smallest pool
         holds at a time."""
-        ordinary = [(device.num_blocks, group.window) for device, group in zip(self.devices, self.kv_groups, strict=True)
-                    if not group.residual]
-        sizes = [num_blocks for num_blocks, window in ordinary if window is None]
-        return min(sizes or [num_blocks for num_blocks, _ in ordinary]) * self.block_size
+        groups = self._keyed_groups
+        sizes = [self.devices[group].num_blocks for group in groups if self.kv_groups[group].window is None]
+        return min(sizes or [self.devices[group].num_blocks for group in groups]) * self.block_size
 
     @property
     def slots(self) -> tuple[int, int]:
