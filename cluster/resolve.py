@@ -13,7 +13,7 @@ from ..protos.step import RankConfig, RankReady
 from .attention_pattern import apply_pattern, longest
 from .block_space import BlockSpace
 from .block_space.disk_keys import hash_key, stored_keys
-from .block_space.sizing import num_blocks, num_disk_blocks, num_host_blocks
+from .block_space.sizing import bytes_to_keep, num_blocks, num_disk_blocks, num_host_blocks
 from .block_space.sparsity import most_seqs
 from .engine.engine import Engine
 from .engine.transport import WorkerGroupLink
@@ -65,9 +65,9 @@ class Resolved:
             max_num_seqs=most_seqs(config.sparsity, config.max_num_seqs, config.max_num_batched_tokens),
             kv_capacity_tokens=space.capacity_tokens, block_size=config.block_size,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            kv_pools=[KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks)
+            kv_pools=[KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks, residual=group.residual)
                       for count, group in zip(blocks, ranks[0].kv_groups, strict=True)],
-            num_host_blocks=min(host_blocks), kernels=ranks[0].kernels, dtype=self.dtype,
+            num_host_blocks=space.tiers.num_host_blocks, kernels=ranks[0].kernels, dtype=self.dtype,
             kv_cache_dtype=self.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
             tp_size=config.tensor_parallel_size, num_groups=config.num_worker_groups, kv_sparsity=config.sparsity)
         scheduler = Scheduler(
@@ -114,5 +114,5 @@ def resolve(config: EngineConfig, model: ModelConfig, *, has_cuda: bool) -> Reso
 def costs(ranks: list[RankReady]) -> Costs:
     """What the scheduler decides by: the slowest rank counts, for all wait for it."""
     return Costs(
-        block_copy_s=max(sum(rank.block_bytes) / rank.costs.copy_bytes_per_s for rank in ranks),
+        block_copy_s=max(bytes_to_keep(rank) / rank.costs.copy_bytes_per_s for rank in ranks),
         prefill_token_s=max(1 / rank.costs.prefill_tokens_per_s for rank in ranks))

@@ -27,6 +27,8 @@ STATUS_MESSAGES = {
     9: "rows: sequence {} keeps a row outside its source table",
     10: "source_tables: sequence {} names a block outside the cache",
     11: "target_tables: sequence {} names a block outside the cache",
+    12: "residual.block_tables: sequence {} names a block outside the cache",
+    13: "blocks: entry {} names a block outside its cache",
 }
 
 

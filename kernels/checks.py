@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .kv_layout import FP8, QUANTIZED_DTYPES, SCALE_BYTES, quantized
-from .mask import FarSinks, Mask
+from .kv_layout import FP8, INT4, QUANTIZED_DTYPES, SCALE_BYTES, int4_head_bytes, quantized
+from .mask import FarSinks, Mask, Residual
 from .triton import available as triton_available
 
 TRITON = triton_available.NAME
@@ -19,6 +19,7 @@ MAX_HEAD_DIM = 256
 # The numbers of abi.h.
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CACHE_DTYPE_NUMBERS = {**DTYPE_NUMBERS, torch.int8: 3, FP8: 4}
+INT4_NUMBER = 5
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 
@@ -52,6 +53,27 @@ def checked_cache(cache: Tensor, layer: int, backend_name: str) -> CacheShape:
         raise ValueError(f"layer must be in [0, {num_layers}), got {layer}")
     check_device("cache", cache, backend_name)
     return CacheShape(num_blocks, num_layers, num_kv_heads, block_size, head_dim)
+
+
+def checked_residual(residual: Tensor, layer: int, cache: Tensor, cache_layer: int, backend_name: str) -> CacheShape:
+    """The shape of the residual beside an int4 cache, which is checked too."""
+    check_dtype("residual", residual)
+    shape = checked_cache(residual, layer, backend_name)
+    head = (shape.num_kv_heads, int4_head_bytes(shape.block_size, shape.head_dim))
+    if cache.dim() != 4 or cache.shape[2:] != head:
+        raise ValueError(
+            f"an int4 cache must be [num_blocks, num_layers, {head[0]}, {head[1]}], got {list(cache.shape)}"
+        )
+    check("cache", cache, INT4, cache.shape, residual.device)
+    dense(cache, "cache")
+    if not 0 <= cache_layer < cache.shape[1]:
+        raise ValueError(f"layer must be in [0, {cache.shape[1]}), got {cache_layer}")
+    return shape
+
+
+def check_residual_tables(residual: Residual, block_tables: Tensor) -> None:
+    check("residual.block_tables", residual.block_tables, torch.int32, block_tables.shape, block_tables.device)
+    dense(residual.block_tables, "residual.block_tables")
 
 
 def check_row_dtype(label: str, rows: Tensor, cache: Tensor) -> None:

@@ -1,4 +1,5 @@
-"""Which rows of the cache a query sees, and how its scores are bent: what attention ops take besides tensors."""
+"""Which rows of the cache a query sees and where they lie, and how its scores are bent: what attention ops take
+besides tensors."""
 
 from __future__ import annotations
 
@@ -50,3 +51,20 @@ class FarSinks:
     """`[num_sinks, d / 2]` float32, contiguous: angles of sink rows, by whose opposite the first d elements of their
     keys are turned (rotate-half convention: element i with i + d / 2) before they are scored. None: they stay."""
     sin: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """Beside an int4 cache, the dense cache of the blocks that queries stand in.
+
+    A query at row p reads the rows from `p // block_size * block_size` on here, and those before in the int4 cache:
+    what it reads does not depend on how many of its sequence's blocks have been quantized so far.
+    """
+
+    cache: Tensor
+    """`[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` of query's dtype, as in `write_kv`."""
+    layer: int
+    """Index into its layers."""
+    block_tables: Tensor
+    """`[num_seqs, max_blocks]` int32, of the shape of the int4 cache's; only the entries of blocks that the step's
+    queries stand in are looked at."""

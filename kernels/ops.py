@@ -15,23 +15,25 @@ from .backends import backend, native_library, raise_for, triton_launch
 from .checks import (
     CACHE_DTYPE_NUMBERS,
     DTYPE_NUMBERS,
+    INT4_NUMBER,
     REFERENCE,
     TRITON,
-    CacheShape,
     check,
     check_device,
     check_far_sinks,
     check_query,
+    check_residual_tables,
     check_row_dtype,
     checked_cache,
     checked_pairs,
     checked_ragged,
+    checked_residual,
     dense,
     dense_blocks,
     token_stride,
 )
-from .mask import CAUSAL, FarSinks, Mask
-from .native.library import NativeAttention, NativeBlockCopy, NativeCache
+from .mask import CAUSAL, FarSinks, Mask, Residual
+from .native.library import NativeAttention, NativeBlockCopy, NativeCache, native_cache
 
 # Wider than any sequence is long: the kernels know no other absence of a window.
 NO_WINDOW = 2**31
@@ -74,7 +76,7 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
     library = native_library()
     detail = ctypes.c_int64()
     status = library.write_kv(
-        native_cache(cache, shape),
+        native_cache(cache, shape, CACHE_DTYPE_NUMBERS[cache.dtype]),
         key.data_ptr(),
         value.data_ptr(),
         dense(slot_mapping, "slot_mapping").data_ptr(),
@@ -146,6 +148,7 @@ def paged_attention(
     scale: float,
     mask: Mask = CAUSAL,
     far_sinks: FarSinks | None = None,
+    residual: Residual | None = None,
 ) -> Tensor:
     """Attention of a flat ragged batch, prefill chunks and decodes together, over a paged cache.
 
@@ -154,13 +157,14 @@ def paged_attention(
     behind its window) may hold anything, and what a query does not see has no part in its result.
 
     On the native backends the bits of a query's result depend only on that query and on the rows it sees: not on
-    the batch, the chunking of the prefill, the blocks and block_size, or the number of threads. With Triton this holds
-    of decodes (sequences with one query), not of chunks.
+    the batch, the chunking of the prefill, the blocks and (but for int4) block_size, or the number of threads. With
+    Triton this holds of decodes (sequences with one query), not of chunks.
 
     Args:
         query: `[num_tokens, num_heads, head_dim]`, of the cache's dtype, or, for a quantized cache, of float32,
             bfloat16 or float16; tokens may be any stride apart.
-        cache: as in `write_kv`; this step's K and V are already in it.
+        cache: as in `write_kv`; this step's K and V are already in it. Or, with a residual, int4 (`kv_layout.py`): the
+            blocks before those that queries stand in; blocks of the step that later queries of it see are in it too.
         layer: index into the cache's layers.
         block_tables: `[num_seqs, max_blocks]` int32; entries of blocks without a row that is seen are not looked at.
         query_start_loc: `[num_seqs + 1]` int32, from 0 to num_tokens; a sequence may have no query.
@@ -168,6 +172,7 @@ def paged_attention(
         scale: factor of the scores, usually `head_dim ** -0.5`.
         mask: window, sinks and soft cap of the scores.
         far_sinks: how sinks behind the window are scored, if unlike other rows.
+        residual: of an int4 cache, where the blocks that queries stand in are; this step's K and V are already in it.
 
     Returns:
         `[num_tokens, num_heads, head_dim]` of query's dtype, contiguous; computed in float32.
@@ -178,22 +183,33 @@ def paged_attention(
             contradict one another (Triton trusts the values, because the host does not wait for the device).
     """
     name = backend(cache.device.type)
-    shape = checked_cache(cache, layer, name)
-    check_query(query, cache, shape)
+    if residual is None:
+        shape = checked_cache(cache, layer, name)
+    else:
+        shape = checked_residual(residual.cache, residual.layer, cache, layer, name)
+    check_query(query, cache if residual is None else residual.cache, shape)
     if far_sinks is not None:
         check_far_sinks(far_sinks, mask, query)
     ragged = checked_ragged(block_tables, query_start_loc, kv_lens, cache.device)
+    if residual is not None:
+        check_residual_tables(residual, block_tables)
     if name == REFERENCE:
-        return reference.paged_attention(query, cache, layer, *ragged, scale, mask, far_sinks)
+        return reference.paged_attention(query, cache, layer, *ragged, scale, mask, far_sinks, residual)
     if name == TRITON:
         launch = triton_launch()
-        attended: Tensor = launch.paged_attention(
-            query, launch.LayerCache.of(cache, layer), *ragged, scale, mask, far_sinks
-        )
+        if residual is None:
+            rows = launch.LayerCache.of(cache, layer)
+        else:
+            rows = launch.LayerCache.int4(cache, layer, launch.LayerCache.of(residual.cache, residual.layer))
+        attended: Tensor = launch.paged_attention(query, rows, *ragged, scale, mask, far_sinks, residual=residual)
         return attended
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     library, detail = native_library(), ctypes.c_int64()
-    call = native_attention(query, native_cache(cache, shape), layer, ragged, scale, mask, far_sinks, out)
+    number = CACHE_DTYPE_NUMBERS[cache.dtype] if residual is None else INT4_NUMBER
+    call = native_attention(query, native_cache(cache, shape, number), layer, ragged, scale, mask, far_sinks, out)
+    if residual is not None:
+        call.residual = native_cache(residual.cache, shape, CACHE_DTYPE_NUMBERS[residual.cache.dtype])
+        call.residual_tables, call.residual_layer = residual.block_tables.data_ptr(), residual.layer
     call.isa = library.isas[name]
     raise_for(library.paged_attention(call, detail), detail.value)
     return out
@@ -238,7 +254,3 @@ def native_attention(
         dtype=DTYPE_NUMBERS[query.dtype],
         num_threads=torch.get_num_threads(),
     )
-
-
-def native_cache(cache: Tensor, shape: CacheShape) -> NativeCache:
-    return NativeCache(cache.data_ptr(), *shape, CACHE_DTYPE_NUMBERS[cache.dtype])

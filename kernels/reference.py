@@ -8,8 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kv_layout import FP8, LARGEST_CODE, codes_and_scales, quantized, widen
-from .mask import CAUSAL, FarSinks, Mask
+from .kv_layout import (
+    FP8,
+    INT4,
+    INT4_LARGEST_CODE,
+    INT4_LARGEST_ZERO,
+    LARGEST_CODE,
+    codes_and_scales,
+    int4_parts,
+    pack_int4,
+    quantized,
+    unpack_int4,
+    widen,
+)
+from .mask import CAUSAL, FarSinks, Mask, Residual
 
 
 def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping: Tensor) -> None:
@@ -45,6 +57,38 @@ def _to_fp8(parts: Tensor) -> Tensor:
     return torch.where(magnitudes < 2.0**-2, small, normal).to(FP8) | parts.signbit().to(FP8) << 7
 
 
+def quantize_blocks(
+    residual: Tensor, residual_layer: int, residual_blocks: Tensor, cache: Tensor, layer: int, blocks: Tensor
+) -> None:
+    limits = torch.tensor([len(residual), len(cache)], device=blocks.device)
+    named = torch.stack((residual_blocks, blocks), 1)
+    bad = ((named < 0) | (named >= limits)).any(1)
+    if bad.any():
+        raise ValueError(f"blocks: entry {int(bad.nonzero()[0, 0])} names a block outside its cache")
+    parts = int4_parts(cache, *residual.shape[4:])
+    keys, values = residual[residual_blocks, residual_layer].float().unbind(1)
+    codes, scales, zeros = _quantize_int4(keys.transpose(-1, -2))
+    parts.key_codes[blocks, layer] = pack_int4(codes.transpose(-1, -2))
+    parts.key_scales[blocks, layer], parts.key_zeros[blocks, layer] = scales, zeros
+    codes, scales, zeros = _quantize_int4(values)
+    parts.value_codes[blocks, layer] = pack_int4(codes)
+    parts.value_scales[blocks, layer], parts.value_zeros[blocks, layer] = scales, zeros
+
+
+def _quantize_int4(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[..., n]`, scales `[...]` bfloat16 and zeros `[...]` int8 of float32 vectors `[..., n]`."""
+    low, high = vectors.amin(-1), vectors.amax(-1)
+    largest = torch.maximum(high.abs(), low.abs())
+    steps = torch.maximum((high - low) / INT4_LARGEST_CODE, largest / INT4_LARGEST_ZERO)
+    scales = ((steps.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)  # up to the next of bfloat16
+    scales = scales.masked_fill(~(steps.isfinite() & scales.isfinite()), float("nan"))
+    used = scales > 0
+    divisors = scales.where(used, 1.0)
+    zeros = (-low / divisors).round().clamp(-128, 127).where(used, 0.0)
+    codes = ((vectors / divisors.unsqueeze(-1)).round() + zeros.unsqueeze(-1)).clamp(0, INT4_LARGEST_CODE)
+    return codes.where(used.unsqueeze(-1), 0.0).to(INT4), scales.bfloat16(), zeros.to(torch.int8)
+
+
 def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
     limits = torch.tensor([source.shape[0], destination.shape[0]], device=pairs.device)
     bad = ((pairs < 0) | (pairs >= limits)).any(1)
@@ -63,8 +107,9 @@ def paged_attention(
     scale: float,
     mask: Mask = CAUSAL,
     far_sinks: FarSinks | None = None,
+    residual: Residual | None = None,
 ) -> Tensor:
-    block_size = cache.shape[4]
+    block_size = (cache if residual is None else residual.cache).shape[4]
     starts, lens = query_start_loc.tolist(), kv_lens.tolist()
     check_ragged(starts, lens, query.shape[0], block_tables.shape[1] * block_size)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -72,19 +117,57 @@ def paged_attention(
         begin, end = starts[seq], starts[seq + 1]
         if begin == end:
             continue
-        first = kv_len - (end - begin)  # row of the first query, which sees farthest back
-        behind = 0 if mask.window is None else max(0, first - mask.window + 1)
-        seen = torch.cat((torch.arange(min(mask.num_sinks, behind)), torch.arange(behind, kv_len))).to(cache.device)
-        block_ids = block_tables[seq, seen // block_size].long()
-        if ((block_ids < 0) | (block_ids >= cache.shape[0])).any():
-            raise ValueError(f"block_tables: sequence {seq} names a block outside the cache")
-        keys, values = read_rows(cache, layer, block_ids, seen % block_size)
+        rows = torch.arange(kv_len, device=cache.device)
+        positions = rows[kv_len - (end - begin) :]
+        seen = _seen(mask, rows, positions)
+        held = [("block_tables", cache, layer, block_tables[seq], seen)]
+        if residual is not None:
+            own = rows >= (positions // block_size * block_size)[:, None]
+            held = [
+                ("block_tables", cache, layer, block_tables[seq], seen & ~own),
+                ("residual.block_tables", residual.cache, residual.layer, residual.block_tables[seq], seen & own),
+            ]
+        parts = []
+        for label, pool, pool_layer, table, seen_there in held:
+            wanted = rows[seen_there.any(0)]
+            block_ids = table[wanted // block_size].long()
+            if ((block_ids < 0) | (block_ids >= len(pool))).any():
+                raise ValueError(f"{label}: sequence {seq} names a block outside the cache")
+            places = (block_ids, wanted % block_size)
+            if pool.dim() == 4:
+                keys_and_values = _read_int4(pool, pool_layer, *places, block_size, query.shape[2])
+            else:
+                keys_and_values = read_rows(pool, pool_layer, *places)
+            parts.append((*keys_and_values, wanted.unsqueeze(0), seen_there[:, wanted]))
+        keys, values, read, read_seen = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         far = None
         if far_sinks is not None:
             far = FarSinks(far_sinks.query[begin:end].float(), far_sinks.cos, far_sinks.sin)
-        positions = torch.arange(first, kv_len, device=cache.device)
-        out[begin:end] = _attend(query[begin:end].float(), positions, keys, values, seen, scale, mask, far)
+        out[begin:end] = _attend(
+            query[begin:end].float(), positions, keys, values, read[0], read_seen, scale, mask, far
+        )
     return out
+
+
+def _seen(mask: Mask, rows: Tensor, positions: Tensor) -> Tensor:
+    """`[num_queries, num_rows]`."""
+    causal = rows <= positions[:, None]
+    if mask.window is None:
+        return causal
+    return causal & ((rows > positions[:, None] - mask.window) | (rows < mask.num_sinks))
+
+
+def _read_int4(
+    cache: Tensor, layer: int, block_ids: Tensor, offsets: Tensor, block_size: int, head_dim: int
+) -> tuple[Tensor, Tensor]:
+    """As `read_rows`, of an int4 cache."""
+    parts = int4_parts(cache, block_size, head_dim)
+    key_zeros, key_scales = parts.key_zeros[block_ids, layer].float(), parts.key_scales[block_ids, layer].float()
+    keys = (unpack_int4(parts.key_codes[block_ids, layer, :, offsets]).float() - key_zeros) * key_scales
+    zeros = parts.value_zeros[block_ids, layer, :, offsets].float().unsqueeze(-1)
+    scales = parts.value_scales[block_ids, layer, :, offsets].float().unsqueeze(-1)
+    values = (unpack_int4(parts.value_codes[block_ids, layer, :, offsets]).float() - zeros) * scales
+    return keys.transpose(0, 1), values.transpose(0, 1)
 
 
 def read_rows(cache: Tensor, layer: int, block_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +188,7 @@ def _attend(
     keys: Tensor,
     values: Tensor,
     key_positions: Tensor,
+    seen: Tensor,
     scale: float,
     mask: Mask,
     far_sinks: FarSinks | None,
@@ -112,18 +196,14 @@ def _attend(
     num_queries, num_heads, head_dim = query.shape
     group = num_heads // keys.shape[0]
     scores = dots(query, keys) * scale  # [num_kv_heads, group, num_queries, num_rows]
-    row, query_row = key_positions, positions[:, None]
-    seen = row <= query_row
-    if mask.window is not None:
-        sinks, near = row < mask.num_sinks, row > query_row - mask.window
-        seen = seen & (near | sinks)
-        if far_sinks is not None:
-            turned = keys
-            if far_sinks.cos is not None and far_sinks.sin is not None:
-                count = int(sinks.sum())  # they are the first rows, from 0 on
-                turned = keys.clone()
-                turned[:, :count] = _turn_back(keys[:, :count], far_sinks.cos[:count], far_sinks.sin[:count])
-            scores = torch.where(sinks & ~near, dots(far_sinks.query, turned) * scale, scores)
+    if mask.window is not None and far_sinks is not None:
+        sinks, turned = key_positions < mask.num_sinks, keys
+        if far_sinks.cos is not None and far_sinks.sin is not None:
+            angles = key_positions[sinks]
+            turned = keys.clone()
+            turned[:, sinks] = _turn_back(keys[:, sinks], far_sinks.cos[angles], far_sinks.sin[angles])
+        far = sinks & (key_positions <= positions[:, None] - mask.window)
+        scores = torch.where(far, dots(far_sinks.query, turned) * scale, scores)
     if mask.soft_cap is not None:
         scores = mask.soft_cap * (scores / mask.soft_cap).tanh()
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)

@@ -13,10 +13,20 @@ from torch import Tensor
 
 from . import sparsity_reference
 from .backends import backend, native_library, raise_for, triton_launch
-from .checks import REFERENCE, TRITON, check, check_query, checked_cache, checked_ragged, checked_tables, dense
+from .checks import (
+    CACHE_DTYPE_NUMBERS,
+    REFERENCE,
+    TRITON,
+    check,
+    check_query,
+    checked_cache,
+    checked_ragged,
+    checked_tables,
+    dense,
+)
 from .mask import Mask
-from .native.library import NativeCompaction, NativeScores
-from .ops import native_attention, native_cache
+from .native.library import NativeCompaction, NativeScores, native_cache
+from .ops import native_attention
 
 
 def attention_scores(
@@ -67,7 +77,8 @@ def attention_scores(
         return received
     out = torch.zeros(kv_lens.numel(), shape.num_kv_heads, block_tables.shape[1] * shape.block_size)
     library, detail = native_library(), ctypes.c_int64()
-    attention = native_attention(query, native_cache(cache, shape), layer, ragged, scale, mask, None, out)
+    source = native_cache(cache, shape, CACHE_DTYPE_NUMBERS[cache.dtype])
+    attention = native_attention(query, source, layer, ragged, scale, mask, None, out)
     attention.isa = library.isas[name]
     call = NativeScores(attention=attention, num_scored=num_scored.data_ptr(), out=out.data_ptr())
     raise_for(library.attention_scores(call, detail), detail.value)
@@ -113,7 +124,7 @@ def compact_rows(
         triton_launch("sparsity_launch").compact_rows(cache, layer, *chosen)
         return
     call = NativeCompaction(
-        native_cache(cache, shape),
+        native_cache(cache, shape, CACHE_DTYPE_NUMBERS[cache.dtype]),
         *(each.data_ptr() for each in chosen),
         num_seqs,
         max_kept,

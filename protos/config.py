@@ -28,8 +28,9 @@ class EngineConfig(BaseModel):
     num_worker_groups: Positive = Field(1, description="Copies of the model, each a tensor-parallel worker group.")
     max_model_len: Positive | None = Field(
         None, description="Most tokens of a sequence, prompt and output; default: what the model was made for.")
-    kv_cache_dtype: Literal["auto", "int8", "fp8"] = Field(
-        "auto", description="Of the KV cache; auto: as `dtype`. int8, fp8 (E3M4): nearly twice the tokens of bfloat16.")
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "int4"] = Field(
+        "auto", description="Of the KV cache; auto: as `dtype`. int8, fp8 (E3M4): nearly twice the tokens of bfloat16. "
+        "int4 (KIVI): more than three times, beside a block of `dtype` for each of max_num_seqs sequences.")
     attention_pattern: Literal["model", "sliding_window", "streaming_llm", "lm_infinite", "longformer"] = Field(
         "model", description="What full-attention layers see. model: everything; sliding_window: the last "
         "attention_window tokens; the others also the first attention_sinks: streaming_llm with positions inside the "
@@ -141,6 +142,9 @@ class EngineConfig(BaseModel):
                              "dropped decides which tokens follow: leave preemption_mode and swap_space_bytes unset")
         if self.kv_disk_path is not None:
             raise ValueError(f"kv_sparsity={policy!r} and kv_disk_path do not go together: use one of them")
+        if self.kv_cache_dtype == "int4":
+            raise ValueError(f"kv_sparsity={policy!r} and kv_cache_dtype='int4' do not go together: int4 has one scale "
+                             "per channel of a block, whose rows must stay together; use int8 or fp8")
         if policy == "snapkv" and self.max_num_batched_tokens < OBSERVATION_WINDOW:
             raise ValueError(f"kv_sparsity='snapkv' computes the last {OBSERVATION_WINDOW} tokens of a prompt in one "
                              f"step: max_num_batched_tokens must be at least {OBSERVATION_WINDOW}")

@@ -96,3 +96,6 @@ class KVGroupSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
     window: int | None = None
     """A query at position p sees positions p - window + 1 .. p and the first `num_sinks`; None: every one up to p."""
     num_sinks: int = 0
+    residual: bool = False
+    """Beside groups whose caches are int4, the last one: of every layer, in the model's dtype, the blocks that are
+    being filled. A query sees the positions of its own block here, and those before it in the group of the layer."""

@@ -115,6 +115,8 @@ class KVPool(Struct, frozen=True, kw_only=True, omit_defaults=True):
     window: int | None = None
     """As in `KVGroupSpec`: what lies behind it gives its blocks back."""
     num_sinks: int = 0
+    residual: bool = False
+    """As in `KVGroupSpec`: holds the blocks that are being filled, and no others."""
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True):

@@ -215,7 +215,8 @@ class RankConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     step_timeout_s: float
     lease_s: float
     kv_cache_dtype: str = "auto"
-    """`auto`: as `dtype`; `int8`, `fp8`: quantized, with one scale per token and head."""
+    """`auto`: as `dtype`; `int8`, `fp8`: quantized, with one scale per token and head; `int4`: keys with one per
+    channel of a block and head, values per token and head, beside a residual of `dtype`."""
     kv_sparsity: KVSparsity | None = None
     kv_disk_path: str | None = None
     """Directory of the disk tier; None: there is none."""
@@ -247,4 +248,5 @@ class RankReady(Struct, kw_only=True, omit_defaults=True):
     pid: int
     costs: RankCosts
     stored_keys: list[list[bytes]] = []
-    """Per KV group the keys of the disk tier's files that this rank could load, oldest first; empty: no disk tier."""
+    """Per KV group that the disk tier stores, which is any but a residual, the keys of the files that this rank could
+    load, oldest first; empty: no disk tier."""

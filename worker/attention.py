@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import FarSinks, Mask, PackedLinear, linear, paged_attention, rotate, write_kv
+from ..kernels import (
+    FarSinks,
+    Mask,
+    PackedLinear,
+    Residual,
+    linear,
+    paged_attention,
+    quantize_blocks,
+    rotate,
+    write_kv,
+)
 from .batch import ForwardBatch
 from .far_sinks import FarAngles
 from .norms import Norm
@@ -21,6 +31,8 @@ class Attention:
     group: int
     """KV group whose cache the layer uses, and the layer's place in it."""
     layer_in_group: int
+    layer_in_residual: int | None
+    """Its place in the last KV group, where that is the residual of an int4 cache; None: there is none."""
     angles: int | None
     """Which of the model's rotary tables turns the heads; None: positions are learned."""
     num_heads: int
@@ -52,9 +64,16 @@ class Attention:
             rotate(qk, *angles[self.angles])
         query, key = qk[:, :num_heads], qk[:, num_heads:]
         cache, place = caches[self.group], self.layer_in_group
-        write_kv(key, value, cache, place, batch.slot_mapping[self.group])
+        residual = None
+        if self.layer_in_residual is None:
+            write_kv(key, value, cache, place, batch.slot_mapping[self.group])
+        else:
+            residual = Residual(caches[-1], self.layer_in_residual, batch.block_tables[-1])
+            write_kv(key, value, residual.cache, residual.layer, batch.slot_mapping[-1])
+            quantize_blocks(residual.cache, residual.layer, batch.filled_blocks[-1], cache, place,
+                            batch.filled_blocks[self.group])
         attended = paged_attention(query, cache, place, batch.block_tables[self.group], batch.query_start_loc,
-                                   batch.kv_lens, self.scale, self.mask, far_sinks)
+                                   batch.kv_lens, self.scale, self.mask, far_sinks, residual)
         if observer is not None:
             observer.look(query, cache, place, self.scale, self.mask.soft_cap)
         return linear(attended.flatten(1), self.o)

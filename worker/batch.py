@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +29,20 @@ class ForwardBatch:
     """Per KV group `[S, max_blocks]` int32; entries past a sequence's last block are 0 and never read."""
     slot_mapping: list[torch.Tensor]
     """Per KV group `[T]` int64: `block_id * block_size + offset` where each token's K and V go."""
+    filled_blocks: list[torch.Tensor] = field(default_factory=list)
+    """Beside a residual, per KV group `[num_filled]` int64: blocks whose last slot is filled in this step."""
 
 
 class SequenceTable:
     """The sequences that a rank holds, one row each in fixed arrays, so that a step is built without Python loops
     over tokens. Rows are taken by `start` and `fork` and given back by `end`."""
 
-    def __init__(self, num_rows: int, max_model_len: int, block_size: int, num_kv_groups: int) -> None:
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int, num_kv_groups: int, *,
+                 has_residual: bool = False) -> None:
+        """`has_residual`: the last KV group is the residual of an int4 cache."""
         max_blocks = -(-max_model_len // block_size)
         self.block_size = block_size
+        self.has_residual = has_residual
         # Untouched pages of these cost nothing: the operating system hands memory out as it is written.
         self.token_ids = np.zeros((num_rows, max_model_len + 1), np.int32)
         self.block_tables = [np.zeros((num_rows, max_blocks), np.int32) for _ in range(num_kv_groups)]
@@ -173,4 +178,16 @@ def build(layout: StepLayout, table: SequenceTable, device: torch.device) -> For
         slot_mapping=[
             tensor(blocks[token_rows, block_index].astype(np.int64) * table.block_size + offset, torch.int64)
             for blocks in table.block_tables],
+        filled_blocks=[tensor(block_ids, torch.int64) for block_ids in _filled(layout, table)],
     )
+
+
+def _filled(layout: StepLayout, table: SequenceTable) -> list[npt.NDArray[np.int32]]:
+    """`ForwardBatch.filled_blocks`."""
+    if not table.has_residual:
+        return []
+    first = layout.begins // table.block_size
+    counts = layout.ends // table.block_size - first
+    index = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+    rows = np.repeat(layout.rows, counts)
+    return [blocks[rows, index] for blocks in table.block_tables]

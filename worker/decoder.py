@@ -39,10 +39,10 @@ class Decoder:
     """One rank's part of a model. Every rank calls `forward` with the same batch; `load` makes it."""
 
     def __init__(self, config: ModelConfig, layout: TPLayout, shard: ShardReader, device: torch.device,
-                 comm: Communicator, max_model_len: int) -> None:
+                 comm: Communicator, max_model_len: int, kv_cache_dtype: str) -> None:
         self.config = config
         self.layout = layout
-        self.kv_groups = kv_groups(config, max_model_len)
+        self.kv_groups = kv_groups(config, max_model_len, kv_cache_dtype)
         self._far_sinks = [FarSinkRule.of(config, group) for group in self.kv_groups]
         self._comm = comm
         self._embedding = shard.rows("embedding")
@@ -56,7 +56,7 @@ class Decoder:
         self._lm_head = (pack_linear(self._embedding) if config.tie_word_embeddings
                          else shard.column_parallel(("lm_head",)))
         self._final_norm = shard.norm("final_norm")
-        places = {layer: (group, place) for group, spec in enumerate(self.kv_groups)
+        places = {layer: (group, place) for group, spec in enumerate(self.kv_groups) if not spec.residual
                   for place, layer in enumerate(spec.layer_ids)}
         self._layers = [
             _Layer(
@@ -73,15 +73,16 @@ class Decoder:
     @classmethod
     @torch.inference_mode()
     def load(cls, config: ModelConfig, layout: TPLayout, source: WeightSource, dtype: torch.dtype,
-             device: torch.device, comm: Communicator, max_model_len: int | None = None) -> Decoder:
+             device: torch.device, comm: Communicator, max_model_len: int | None = None,
+             kv_cache_dtype: str = "auto") -> Decoder:
         """Read this rank's weights from `source`, as `dtype` on `device`.
 
-        `max_model_len` bounds the positions that a batch may name; default: what the model was made for. Raises
-        `ModelLoadError` when the files cannot be read.
+        `max_model_len` bounds the positions that a batch may name; default: what the model was made for.
+        `kv_cache_dtype` as in `RankConfig`. Raises `ModelLoadError` when the files cannot be read.
         """
         max_model_len = max_model_len or config.max_position_embeddings
         shard = ShardReader(config, layout, source, dtype, device)
-        return cls(config, layout, shard, device, comm, max_model_len)
+        return cls(config, layout, shard, device, comm, max_model_len, kv_cache_dtype)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, caches: list[torch.Tensor], observer: Observer | None = None,
@@ -145,7 +146,8 @@ class Decoder:
             angles = 1 if windowed and len(self._rotary) > 1 else 0
         spec = self.kv_groups[group]
         return Attention(
-            group, layer_in_group, angles, layout.num_heads, layout.num_kv_heads, config.head_dim,
+            group, layer_in_group, layer if self.kv_groups[-1].residual else None, angles, layout.num_heads,
+            layout.num_kv_heads, config.head_dim,
             scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
             mask=Mask(spec.window, spec.num_sinks, config.attention_softcap),
             qkv=shard.column_parallel(("q", "k", "v"), layer), q_norm=shard.optional_norm("q_norm", layer),

@@ -39,20 +39,23 @@ class Rank:
         self._comm = comm
         self._device = torch.device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._kv_dtype = kv_dtype(config.kv_cache_dtype, self._dtype)
         self._layout = TPLayout.of(config.model, config.tp_size, config.rank)
         torch.set_num_threads(config.num_threads)
         source = open_weights(config.model)
         self._decoder = Decoder.load(
-            config.model, self._layout, source, self._dtype, self._device, comm, config.max_model_len)
+            config.model, self._layout, source, self._dtype, self._device, comm, config.max_model_len,
+            config.kv_cache_dtype)
         groups = self._decoder.kv_groups
         self._block_bytes = [
-            block_bytes(config.model, self._layout, group, config.block_size, self._kv_dtype) for group in groups]
+            block_bytes(config.model, self._layout, group, config.block_size, self._dtype, config.kv_cache_dtype)
+            for group in groups]
         self._disk: DiskTier | None = None
         if config.kv_disk_path is not None:
-            self._disk = DiskTier(config.kv_disk_path, fingerprint(config, groups, source), self._block_bytes)
+            stored = [size for size, group in zip(self._block_bytes, groups, strict=True) if not group.residual]
+            self._disk = DiskTier(config.kv_disk_path, fingerprint(config, groups, source), stored)
         # Forks of a plan take their rows before its ends give theirs back.
-        self._table = SequenceTable(2 * config.max_num_seqs, config.max_model_len, config.block_size, len(groups))
+        self._table = SequenceTable(2 * config.max_num_seqs, config.max_model_len, config.block_size, len(groups),
+                                    has_residual=groups[-1].residual)
         vocab = self._layout.vocab
         sampler = Sampler(comm, vocab_start=vocab.start, local_vocab=len(vocab))
         self._sampling = StepSampling(self._decoder, sampler, self._table, self._device)
@@ -65,7 +68,7 @@ class Rank:
 
     def measure(self) -> RankCosts:
         """Time copies and a forward pass, which takes some tenths of a second. All ranks of a group at once."""
-        return measure_costs(self._decoder, self._config, self._kv_dtype, self._device)
+        return measure_costs(self._decoder, self._config, self._dtype, self._device)
 
     def ready(self, costs: RankCosts) -> RankReady:
         """What the Head needs to size the pools and to schedule. `costs`: what `measure` found."""
@@ -78,11 +81,12 @@ class Rank:
     def allocate(self, num_blocks: list[int], num_host_blocks: list[int]) -> None:
         """Make the pools: per KV group so many blocks on the device and in host memory (which may be none), and the
         null block before them."""
+        config = self._config
         self._caches = [
             empty_pool(
-                cache_shape(self._config.model, self._layout, group, count + 1, self._config.block_size,
-                            self._kv_dtype),
-                self._kv_dtype, self._device)
+                cache_shape(config.model, self._layout, group, count + 1, config.block_size, self._dtype,
+                            config.kv_cache_dtype),
+                kv_dtype(group, self._dtype, config.kv_cache_dtype), self._device)
             for group, count in zip(self._decoder.kv_groups, num_blocks, strict=True)]
         self._mover = BlockMover(self._caches, num_host_blocks, self._disk)
 

@@ -24,7 +24,7 @@ def block_counts(space: BlockSpace) -> dict[str, int]:
         "free": total(space.devices, State.FREE),
         "releasing": total(space.devices, State.RELEASING),
         "table_entries": sum(pool.num_references for pool in space.devices),
-        "swapped": total(space.hosts, State.USED) - space.tiers.num_loading * len(space.hosts),
+        "swapped": total(space.hosts, State.USED) - space.tiers.num_loading,
         "host_cached": total(space.hosts, State.CACHED),
         "host_free": total(space.hosts, State.FREE),
         "host_total": sum(pool.num_blocks for pool in space.hosts),
@@ -45,5 +45,6 @@ def pool_map(pool: BlockPool) -> dict[str, Any]:
 def space_map(space: BlockSpace) -> list[dict[str, Any]]:
     """The pools of every KV group."""
     disk = {"num_blocks": space.tiers.num_on_disk, "capacity": space.tiers.disk_capacity}
-    return [{"device": pool_map(device), "host": pool_map(host), "disk": disk}
-            for device, host in zip(space.devices, space.hosts, strict=True)]
+    no_disk = dict.fromkeys(disk, 0)
+    return [{"device": pool_map(device), "host": pool_map(host), "disk": no_disk if group.residual else disk}
+            for group, device, host in zip(space.kv_groups, space.devices, space.hosts, strict=True)]

@@ -53,8 +53,10 @@ class BlockSpace:
                       for n in num_host_blocks or [0] * len(num_blocks)]
         self.prefix_keys = PrefixKeys(hash_key, block_size)
         self.moves = PlanMoves(len(kv_groups))
-        self.tiers = Tiers(self.devices, self.hosts, self.moves, disk_capacity=disk_capacity, stored_keys=stored_keys,
-                           orphaned_keys=orphaned_keys)
+        # A residual's blocks are found by nobody: what is full there was quantized.
+        self._keyed_groups = [group for group, spec in enumerate(kv_groups) if not spec.residual]
+        self.tiers = Tiers(self.devices, self.hosts, self.moves, self._keyed_groups, disk_capacity=disk_capacity,
+                           stored_keys=stored_keys, orphaned_keys=orphaned_keys)
         self.windows = Windows(kv_groups, block_size)
         self.sparsity = Sparsity(sparsity, block_size) if sparsity else None
         if self.sparsity and self.windows.any:
@@ -64,7 +66,8 @@ class BlockSpace:
         self.live: dict[int, SequenceBlocks] = {}
         """Sequences that hold blocks."""
         self.num_unused_slots = 0
-        """Slots of device blocks in use that hold no token, of one KV group."""
+        """Slots of device blocks in use that are not taken by a token, of one KV group. (A token in the block being
+        filled takes one in an int4 pool too, before it is written there.)"""
         self.num_compactions = 0
         self.num_dropped_rows = 0
 
@@ -87,9 +90,9 @@ class BlockSpace:
     def capacity_tokens(self) -> int:
         """Tokens that one sequence, alone, could hold; where every KV group has a window, those that the smallest pool
         holds at a time."""
-        windows = self.windows.by_group
-        sizes = [device.num_blocks for device, window in zip(self.devices, windows, strict=True) if window is None]
-        return min(sizes or [device.num_blocks for device in self.devices]) * self.block_size
+        groups = self._keyed_groups
+        sizes = [self.devices[group].num_blocks for group in groups if self.kv_groups[group].window is None]
+        return min(sizes or [self.devices[group].num_blocks for group in groups]) * self.block_size
 
     @property
     def slots(self) -> tuple[int, int]:
@@ -276,9 +279,9 @@ class BlockSpace:
         if blocks.root is None or blocks.num_dropped or num_full <= blocks.num_keyed:
             return
         self.prefix_keys.extend(blocks.keys, blocks.root, token_ids, num_full * self.block_size)
-        for group, table in enumerate(blocks.tables):
+        for group in self._keyed_groups:
             for index in range(blocks.num_keyed, num_full):
-                entry, pools = table[index], (self.devices, self.hosts)
+                entry, pools = blocks.tables[group][index], (self.devices, self.hosts)
                 if entry and pools[entry < 0][group].keys[abs(entry)] is None:
                     pools[entry < 0][group].register(abs(entry), blocks.keys[index], blocks.priority)
         blocks.num_keyed = num_full

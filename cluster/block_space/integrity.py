@@ -32,7 +32,8 @@ def check_integrity(space: Space) -> None:
     for group, (device, host) in enumerate(zip(space.devices, space.hosts, strict=True)):
         entries = [entry for blocks in space.live.values() for entry in blocks.tables[group]]
         device.check_integrity(Counter(entry for entry in entries if entry > 0))
-        host.check_integrity(Counter(-entry for entry in entries if entry < 0) + Counter(loads[group]))
+        host.check_integrity(Counter(-entry for entry in entries if entry < 0) + Counter(loads.get(group)))
+        assert group in loads or not any([*device.keys, *host.keys]), "a block that is being filled can be found"
         assert not device.counts[State.EMPTIED] and not host.counts[State.EMPTIED], "emptied beyond its plan"
     tails: dict[int, int] = {}
     for seq_id, blocks in space.live.items():

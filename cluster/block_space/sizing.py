@@ -23,7 +23,8 @@ SWAP_SHARE_OF_AVAILABLE = 0.1
 
 def num_blocks(config: EngineConfig, ranks: list[RankReady], max_model_len: int, device: str) -> list[int]:
     """Usable blocks per KV group, the same on every rank: `num_blocks` if given, else what the tightest rank allows. A
-    KV group with a window has no more than all sequences, running and cached, can together hold.
+    KV group with a window has no more than all sequences, running and cached, can together hold, and a residual no more
+    than the running ones.
 
     Raises `ResourcesError` when that is less than one block, or more memory than there is.
     """
@@ -88,20 +89,25 @@ def num_disk_blocks(config: EngineConfig, ranks: list[RankReady]) -> int:
     given holds no block."""
     if config.kv_disk_path is None:
         return 0
-    size = max(sum(rank.block_bytes) for rank in ranks)
+    size = max(bytes_to_keep(rank) for rank in ranks)
     if config.kv_disk_bytes < size:
         raise ResourcesError(f"kv_disk_bytes={config.kv_disk_bytes} holds no block: one takes {size} bytes")
     return config.kv_disk_bytes // size
+
+
+def bytes_to_keep(rank: RankReady) -> int:
+    """Of what one more full block takes on a rank, in all KV groups: a residual holds none."""
+    return sum(size for size, group in zip(rank.block_bytes, rank.kv_groups, strict=True) if not group.residual)
 
 
 class _Pools:
     """How many blocks the pools of all KV groups have, given how many those without a window have."""
 
     def __init__(self, config: EngineConfig, kv_groups: list[KVGroupSpec]) -> None:
-        # As many ended sequences as running ones keep what their next turn sees.
-        num_seqs = config.max_num_seqs * (2 if config.enable_prefix_caching else 1)
-        self._enough = [enough_blocks(group, config.block_size, num_seqs, config.max_num_batched_tokens)
-                        for group in kv_groups]
+        # As many ended sequences as running ones keep what their next turn sees, but nothing in a residual.
+        with_ended = config.max_num_seqs * (2 if config.enable_prefix_caching else 1)
+        self._enough = [enough_blocks(group, config.block_size, config.max_num_seqs if group.residual else with_ended,
+                                      config.max_num_batched_tokens) for group in kv_groups]
 
     def counts(self, num_blocks: int) -> list[int]:
         return [num_blocks if enough is None else min(num_blocks, enough) for enough in self._enough]

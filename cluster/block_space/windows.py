@@ -1,4 +1,5 @@
-"""Sliding windows and sinks, in blocks: what no query reads any more, and how much of a pool that leaves in use."""
+"""Sliding windows and sinks, in blocks: what no query reads any more, and how much of a pool that leaves in use. The
+residual of an int4 cache is a window of another kind: a query reads its own block there."""
 
 from __future__ import annotations
 
@@ -27,6 +28,9 @@ class Window:
 
 
 def window_of(group: KVGroupSpec, block_size: int) -> Window | None:
+    if group.residual:
+        # In whole blocks, to read one's own block and to see no token but one's own is the same.
+        return Window(1, 0, block_size)
     return None if group.window is None else Window(group.window, -(-group.num_sinks // block_size), block_size)
 
 
@@ -37,7 +41,16 @@ def enough_blocks(
 
     Between steps a sequence holds its sinks and its window, which may begin and end within a block, and in a step the
     blocks of its chunk as well. Blocks that wait for a result are not counted: who needs them waits, too.
+
+    Of a residual a sequence holds one block between steps, and in a step that computes n of its tokens
+    1 + floor((n - 1) / block_size) where these begin with a block, and at most 1 + ceil((n - 1) / block_size) where
+    they go on within one. With at most one of the latter among the prompts of a step, these add up to no more than
+    num_seqs + ceil((max_num_batched_tokens - 1) / block_size), since floor(a) + ceil(b) <= ceil(a + b). Of one request
+    there never are two: its sequences begin one after another. Prompts of several priorities may be cut short within
+    a block and go on in one step; they then wait for each other, as for any block.
     """
+    if group.residual:
+        return num_seqs + -(-(max_num_batched_tokens - 1) // block_size)
     if group.window is None:
         return None
     most_held = -(-group.window // block_size) + -(-group.num_sinks // block_size) + 2

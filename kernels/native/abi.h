@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define KVARTO_ABI_VERSION 6
+#define KVARTO_ABI_VERSION 7
 
 // The first KVARTO_NUM_FLOATS are those of activations and weights; the rest, of codes in a cache, have scales.
 enum KvartoDtype : int32_t {
@@ -15,7 +15,8 @@ enum KvartoDtype : int32_t {
   KVARTO_NUM_FLOATS = 3,
   KVARTO_I8 = 3,
   KVARTO_F8 = 4,  // E3M4, as in kernels/kv_layout.py
-  KVARTO_NUM_DTYPES = 5,
+  KVARTO_I4 = 5,  // K and V of a head of a block in one, as in int4.h
+  KVARTO_NUM_DTYPES = 6,
 };
 
 enum KvartoStatus : int32_t {
@@ -31,10 +32,12 @@ enum KvartoStatus : int32_t {
   KVARTO_BAD_KEPT_ROW = 9,
   KVARTO_BAD_SOURCE_BLOCK = 10,
   KVARTO_BAD_TARGET_BLOCK = 11,
+  KVARTO_BAD_RESIDUAL_BLOCK = 12,  // detail: the sequence
+  KVARTO_BAD_QUANTIZED_BLOCK = 13, // detail: the entry
 };
 
 // cache: [num_blocks, num_layers, 2, num_kv_heads, a head], contiguous. A head is [block_size, head_dim] of dtype and,
-// where that is quantized, then [block_size] float32 scales.
+// where that is quantized, then [block_size] float32 scales. Int4: [num_blocks, num_layers, num_kv_heads, a head].
 struct KvartoCache {
   void* data;
   int64_t num_blocks, num_layers, num_kv_heads, block_size, head_dim;
@@ -52,6 +55,9 @@ struct KvartoAttention {
   const int32_t* block_tables;     // [num_seqs, max_blocks]
   const int32_t* query_start_loc;  // [num_seqs + 1]
   const int32_t* kv_lens;          // [num_seqs]
+  KvartoCache residual;            // beside an int4 cache, dense, of dtype: the blocks that queries stand in
+  const int32_t* residual_tables;  // [num_seqs, max_blocks]; null: the cache is not int4
+  int64_t residual_layer;
   int64_t num_tokens, num_seqs, max_blocks, num_heads, query_stride, far_query_stride, num_angles, layer;
   int64_t window, num_sinks;  // no window: one wider than any sequence
   float scale, soft_cap;      // soft_cap 0: none
@@ -82,12 +88,13 @@ struct KvartoBlockCopy {
 namespace kvarto {
 
 // KV rows are folded in chunks of CHUNK rows and, inside a chunk, in tiles of TILE rows, both
-// counted from row 0 of the sequence; before them the sinks behind the window, as a chunk of their own. A query's
-// arithmetic therefore depends on nothing but the rows it sees.
+// counted from row 0 of the sequence; before them the sinks behind the window, as a chunk of their own, and after them
+// what is read from the residual, as another. A query's arithmetic therefore depends on nothing but the rows it sees.
 constexpr int64_t CHUNK = 512;
 constexpr int64_t TILE = 32;
 // The least block_size: as many rows, counted from row 0, lie one behind another in one block.
 constexpr int64_t RUN = 8;
+constexpr int64_t MAX_HEAD_DIM = 256;
 // Columns of a weight that are packed side by side.
 constexpr int64_t PANEL = 32;
 constexpr int64_t DIM_ALIGN = 32;
@@ -106,12 +113,14 @@ struct AttentionTile {
   int64_t kv_head, num_kv_heads;
   bool sinks;             // the sinks behind the window too
   int64_t chunk_begin, chunk_end;
-  float* partial;         // records [sinks + chunks, rows, record]; null: fold and write out
+  float* partial;         // records [sinks + chunks + own, rows, record]; null: fold and write out
+  const int32_t* residual_table;
+  bool own;               // each query's own block, from the residual, too
 };
 
 struct AttentionKernels {
   void (*attend[KVARTO_NUM_DTYPES])(const KvartoAttention&, const AttentionTile&, float* scratch);  // by the cache's
-  // Folds the partial records of the sinks and all chunks, in order, and writes out.
+  // Folds the partial records of all pieces, in order, and writes out.
   void (*combine)(const KvartoAttention&, const AttentionTile&, float* scratch);
 };
 

@@ -20,8 +20,8 @@ struct Job {
   int64_t work;
 };
 
-// What a tile has records of: the sinks behind the window, if any, and then its chunks.
-int64_t num_pieces(const AttentionTile& tile) { return tile.sinks + tile.chunk_end - tile.chunk_begin; }
+// What a tile has records of: the sinks behind the window, if any, then its chunks, then what is from the residual.
+int64_t num_pieces(const AttentionTile& tile) { return tile.sinks + tile.chunk_end - tile.chunk_begin + tile.own; }
 
 constexpr int64_t LINE = 16;  // floats of a cache line
 
@@ -29,6 +29,36 @@ constexpr int64_t LINE = 16;  // floats of a cache line
 float* reserve(std::vector<float>& memory, int64_t size) {
   if ((int64_t)memory.size() < size + LINE) memory.resize(size + LINE);
   return (float*)(divide_up((int64_t)memory.data(), LINE * sizeof(float)) * LINE * sizeof(float));
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+bool names_blocks(const int32_t* table, Range entries, const KvartoCache& cache) {
+  for (int64_t b = entries.begin; b < entries.end; ++b)
+    if (table[b] < 0 || table[b] >= cache.num_blocks) return false;
+  return true;
+}
+
+// Of the query that stands at row visible - 1: rows behind its window, and where its own block begins.
+int64_t rows_behind(const KvartoAttention& call, int64_t visible) {
+  return std::max<int64_t>(0, visible - call.window);
+}
+int64_t own_begin(const KvartoAttention& call, int64_t visible) { return (visible - 1) & -call.cache.block_size; }
+
+// Whether the table names all blocks that queries from first_visible to last_visible see in an int4 cache.
+bool names_int4_blocks(const KvartoAttention& call, const int32_t* table, int64_t first_visible, int64_t last_visible) {
+  const int64_t block_size = call.cache.block_size, end = own_begin(call, last_visible);
+  const int64_t sinks = std::min(std::min(call.num_sinks, rows_behind(call, last_visible)), end);
+  if (!names_blocks(table, {0, divide_up(sinks, block_size)}, call.cache)) return false;
+  // The first query with a window that reaches out of its own block sees farthest back: if not the first of all, the
+  // first of the next block, if any does.
+  if (rows_behind(call, first_visible) >= own_begin(call, first_visible))
+    first_visible = own_begin(call, first_visible) + block_size + 1;
+  const int64_t behind = rows_behind(call, first_visible);
+  return first_visible > last_visible || behind >= own_begin(call, first_visible) ||
+         names_blocks(table, {behind / block_size, end / block_size}, call.cache);
 }
 
 int32_t check(const KvartoAttention& call, int64_t* detail) {
@@ -40,14 +70,21 @@ int32_t check(const KvartoAttention& call, int64_t* detail) {
     const int64_t num_blocks = divide_up(call.kv_lens[s], call.cache.block_size);
     if (call.kv_lens[s] < num_queries || num_blocks > call.max_blocks) return KVARTO_BAD_KV_LEN;
     if (num_queries == 0) continue;
-    // The first query sees farthest back; what lies between the sinks and its window is not looked at.
-    const int64_t behind = std::max<int64_t>(0, call.kv_lens[s] - num_queries + 1 - call.window);
-    const int64_t sink_blocks = divide_up(std::min(call.num_sinks, behind), call.cache.block_size);
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      if (b == sink_blocks) b = std::max(b, behind / call.cache.block_size);
-      const int32_t block_id = call.block_tables[s * call.max_blocks + b];
-      if (block_id < 0 || block_id >= call.cache.num_blocks) return KVARTO_BAD_BLOCK_ID;
+    const int64_t first_visible = call.kv_lens[s] - num_queries + 1;
+    const int32_t* table = call.block_tables + s * call.max_blocks;
+    if (call.residual_tables) {
+      if (!names_int4_blocks(call, table, first_visible, call.kv_lens[s])) return KVARTO_BAD_BLOCK_ID;
+      const Range own = {own_begin(call, first_visible) / call.cache.block_size, num_blocks};
+      if (!names_blocks(call.residual_tables + s * call.max_blocks, own, call.residual))
+        return KVARTO_BAD_RESIDUAL_BLOCK;
+      continue;
     }
+    // The first query sees farthest back; what lies between the sinks and its window is not looked at.
+    const int64_t behind = rows_behind(call, first_visible);
+    const int64_t sink_blocks = divide_up(std::min(call.num_sinks, behind), call.cache.block_size);
+    if (!names_blocks(table, {0, sink_blocks}, call.cache) ||
+        !names_blocks(table, {behind / call.cache.block_size, num_blocks}, call.cache))
+      return KVARTO_BAD_BLOCK_ID;
   }
   *detail = call.num_seqs - 1;
   return start[call.num_seqs] == call.num_tokens ? KVARTO_OK : KVARTO_BAD_QUERY_START_LOC;
@@ -69,8 +106,11 @@ std::vector<Job> cut(const KvartoAttention& call, int64_t tile_queries) {
       const int64_t behind = std::max<int64_t>(0, first_visible - call.window);
       const int64_t sinks = std::min(call.num_sinks, std::max<int64_t>(0, last_visible - call.window));
       const int64_t num_heads = call.cache.num_kv_heads;
+      const bool own = call.residual_tables != nullptr;
+      const int64_t chunks_end = divide_up(own ? own_begin(call, last_visible) : last_visible, CHUNK);
       jobs.push_back({{call.block_tables + s * call.max_blocks, first, num_queries, first_visible, 0, num_heads,
-                       sinks > 0, behind / CHUNK, divide_up(last_visible, CHUNK), nullptr},
+                       sinks > 0, behind / CHUNK, chunks_end, nullptr,
+                       own ? call.residual_tables + s * call.max_blocks : nullptr, own},
                       num_queries * (last_visible - behind + sinks) * num_heads});
     }
   }
@@ -128,8 +168,9 @@ void run(const KvartoAttention& call, const AttentionKernels& kernels) {
       jobs.push_back({job.tile, job.work / num_pieces(job.tile)});
       AttentionTile& tile = jobs.back().tile;
       tile.sinks = job.tile.sinks && piece == 0;
+      tile.own = job.tile.own && piece == num_pieces(job.tile) - 1;
       tile.chunk_begin = job.tile.chunk_begin + (tile.sinks ? 0 : piece - job.tile.sinks);
-      tile.chunk_end = tile.chunk_begin + !tile.sinks;
+      tile.chunk_end = tile.chunk_begin + !(tile.sinks || tile.own);
       tile.partial = partial;
       partial += num_rows(call, tile) * record;
     }

@@ -3,19 +3,16 @@
 // Every query row goes through the same operations on the same operands whatever tile, batch or
 // thread it is in: a dot product accumulates in WIDTH lanes over head_dim and is reduced in one
 // fixed order; tiles and chunks of KV rows lie at fixed row numbers; V is added row after row;
-// the sinks behind the window and then the chunks are folded in order. Rows the query does not see
+// the sinks behind the window, then the chunks and then what is from the residual are folded in order. Rows the query does not see
 // are never multiplied in, not even by 0; of those that no query row of the tile sees, the nearest
 // neighbours of seen ones may be read, in the same block.
+#include "attention_int4.h"
 #include "attention_scores.h"
 #include "attention_softmax.h"
 #include "attention_values.h"
 
 namespace kvarto {
 namespace KVARTO_ISA {
-
-static void clear_all(const Shape& shape, float* records) {
-  for (int64_t r = 0; r < shape.all_rows(); ++r) clear(shape, records + r * shape.record);
-}
 
 static bool few_rows(const Shape& shape) { return shape.rows <= 2 * MAX_QUERY_ROWS; }
 
@@ -45,15 +42,11 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
   const bool wide_keys = turned || (wide && sizeof(Query) == sizeof(float));
   RowScales scales;
   const Bend bend(call, QUANTIZED<T> ? &scales : nullptr);
-  clear_all(shape, records);
   for (int64_t first = all.begin / TILE * TILE; first < all.end; first += TILE) {
     const Span held = {larger(all.begin - first, 0), smaller(TILE, all.end - first)};
     const Places places = rows.locate(first, held);
     if (ahead) ahead->begin_tile({first + held.begin, first + held.end});
-    for (int64_t r = 0; r < shape.rows; ++r) {
-      const Span seen = sight(r);
-      scratch.seen[r] = {smaller(larger(seen.begin - first, 0), TILE), smaller(larger(seen.end - first, 0), TILE)};
-    }
+    sight.places(first, shape.rows, scratch.seen);
     for (int64_t head = 0; head < shape.heads; ++head) {
       const TileRows<T> keys = rows.keys<T>(places, head);
       const int64_t row = head * shape.rows, element = row * shape.padded_dim;
@@ -121,35 +114,31 @@ static void write_out(const KvartoAttention& call, const AttentionTile& tile, co
   }
 }
 
-// Calls visit(sight) for the sinks, if they are the tile's, and for its chunks, in order.
+// Calls visit(sight) for those of the sinks, the chunks and the queries' own blocks that are the tile's, in order.
 template <class Visit>
 KVARTO_INLINE void each_piece(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape, Visit visit) {
-  if (tile.sinks) visit(Sight(call, tile, shape, true, 0));
+  if (tile.sinks) visit(Sight::sinks(call, tile, shape));
   for (int64_t chunk = tile.chunk_begin; chunk < tile.chunk_end; ++chunk)
-    visit(Sight(call, tile, shape, false, chunk));
+    visit(Sight::chunk(call, tile, shape, chunk));
+  if (tile.own) visit(Sight::own_block(call, tile, shape));
 }
 
 // The rows of all chunks that the tile is about.
 static Span chunk_rows(const AttentionTile& tile, const KvartoAttention& call, const Shape& shape) {
   if (tile.chunk_begin == tile.chunk_end) return {0, 0};
-  return {Sight(call, tile, shape, false, tile.chunk_begin)(0).begin,
-          Sight(call, tile, shape, false, tile.chunk_end - 1)(shape.rows - 1).end};
+  return {Sight::chunk(call, tile, shape, tile.chunk_begin)(0).begin,
+          Sight::chunk(call, tile, shape, tile.chunk_end - 1)(shape.rows - 1).end};
 }
 
-template <class T>
-static void attend(const KvartoAttention& call, const AttentionTile& tile, float* memory) {
-  const Shape shape(call, tile);
-  const Scratch scratch(memory, shape);
-  const RowFinder rows(call, tile, sizeof(T), QUANTIZED<T>);
-  Ahead ahead(rows, chunk_rows(tile, call, shape), shape.heads, few_rows(shape));
+// attend_one(sight, records) attends one piece.
+template <class AttendOne>
+KVARTO_INLINE void attend_pieces(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape,
+                                 const Scratch& scratch, AttendOne attend_one) {
   float* records = tile.partial ? tile.partial : scratch.piece;
   if (!tile.partial) clear_all(shape, scratch.running);
-  bool loaded = false;
   each_piece(call, tile, shape, [&](const Sight& sight) {
-    if (sight.far && call.cos) load_queries(call, tile, shape, true, scratch.query);  // keys that were turned are floats
-    else if (!loaded) load_queries(call, tile, shape, sight.far, (typename QueryFor<T>::type*)scratch.query);
-    loaded = !sight.far;
-    attend_piece<T>(call, sight, shape, rows, scratch, records, sight.far ? nullptr : &ahead);
+    clear_all(shape, records);
+    attend_one(sight, records);
     if (tile.partial) {
       records += shape.all_rows() * shape.record;
       return;
@@ -158,6 +147,49 @@ static void attend(const KvartoAttention& call, const AttentionTile& tile, float
   });
   if (tile.partial) return;
   for (int64_t r = 0; r < shape.all_rows(); ++r) write_out(call, tile, shape, r, scratch.running + r * shape.record);
+}
+
+template <class T>
+static void attend(const KvartoAttention& call, const AttentionTile& tile, float* memory) {
+  const Shape shape(call, tile);
+  const Scratch scratch(memory, shape);
+  const RowFinder rows(call, tile, sizeof(T), QUANTIZED<T>);
+  Ahead ahead(rows, chunk_rows(tile, call, shape), shape.heads, few_rows(shape));
+  bool loaded = false;
+  attend_pieces(call, tile, shape, scratch, [&](const Sight& sight, float* records) {
+    if (sight.far && call.cos) load_queries(call, tile, shape, true, scratch.query);  // keys that were turned are floats
+    else if (!loaded) load_queries(call, tile, shape, sight.far, (typename QueryFor<T>::type*)scratch.query);
+    loaded = !sight.far;
+    attend_piece<T>(call, sight, shape, rows, scratch, records, sight.far ? nullptr : &ahead);
+  });
+}
+
+template <class T>
+static void attend_int4(const KvartoAttention& call, const AttentionTile& tile, float* memory) {
+  const Shape shape(call, tile);
+  const Scratch scratch(memory, shape);
+  const Int4Rows quantized(call, tile);
+  const OwnRows<T> own(call, tile);
+  bool loaded = false;
+  const auto attend_rows = [&](const Sight& sight, const auto& rows, float* records) {
+    if (sight.far || !loaded) load_queries(call, tile, shape, sight.far, scratch.query);
+    loaded = !sight.far;
+    attend_widened(call, sight, shape, rows, scratch, records);
+  };
+  attend_pieces(call, tile, shape, scratch, [&](const Sight& sight, float* records) {
+    if (!sight.own) return attend_rows(sight, quantized, records);
+    const Sight sinks = Sight::sinks(call, tile, shape, true);  // few blocks have any
+    if (!sinks.hull(shape.rows).empty()) attend_rows(sinks, own, records);
+    attend_rows(sight, own, records);
+  });
+}
+
+static void attend_any_int4(const KvartoAttention& call, const AttentionTile& tile, float* memory) {
+  switch (call.residual.dtype) {
+    case KVARTO_BF16: return attend_int4<bf16>(call, tile, memory);
+    case KVARTO_F16: return attend_int4<f16>(call, tile, memory);
+    default: return attend_int4<float>(call, tile, memory);
+  }
 }
 
 static void combine(const KvartoAttention& call, const AttentionTile& tile, float* running) {
@@ -173,7 +205,7 @@ static void combine(const KvartoAttention& call, const AttentionTile& tile, floa
 
 extern const AttentionKernels attention_kernels;
 const AttentionKernels attention_kernels = {
-    {attend<float>, attend<bf16>, attend<f16>, attend<i8>, attend<f8>}, combine};
+    {attend<float>, attend<bf16>, attend<f16>, attend<i8>, attend<f8>, attend_any_int4}, combine};
 
 }  // namespace KVARTO_ISA
 }  // namespace kvarto

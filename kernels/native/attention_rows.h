@@ -26,23 +26,53 @@ struct Shape {
   }
 };
 
-// The KV rows that query rows see in the sinks or in one chunk. Both ends grow, or stay, from each query row to the next.
+// The KV rows that query rows see in one piece of the work. Both ends grow, or stay, from each query row to the next.
 struct Sight {
   int64_t first_visible, window, group;
   Span limits;
-  bool far;  // limits are the sinks, of which those behind the window count
+  bool far;            // limits are the sinks, of which those behind the window count
+  bool own;            // only rows of the block that the query itself is in, which the residual holds
+  int64_t block_size;  // beside a residual, all other pieces end where that block begins; else 0
 
-  Sight(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape, bool sinks, int64_t chunk)
-      : first_visible(tile.first_visible),
-        window(call.window),
-        group(shape.group),
-        limits(sinks ? Span{0, call.num_sinks} : Span{chunk * CHUNK, (chunk + 1) * CHUNK}),
-        far(sinks) {}
+  static Sight of(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape, Span limits, bool far,
+                  bool own) {
+    return {tile.first_visible, call.window, shape.group, limits, far, own,
+            call.residual_tables ? call.residual.block_size : 0};
+  }
+  static Sight sinks(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape, bool own = false) {
+    return of(call, tile, shape, {0, call.num_sinks}, true, own);
+  }
+  static Sight chunk(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape, int64_t chunk) {
+    return of(call, tile, shape, {chunk * CHUNK, (chunk + 1) * CHUNK}, false, false);
+  }
+  static Sight own_block(const KvartoAttention& call, const AttentionTile& tile, const Shape& shape) {
+    return of(call, tile, shape, {0, INT64_MAX}, false, true);
+  }
 
   Span operator()(int64_t query_row) const {
     const int64_t visible = first_visible + query_row / group, behind = larger(0, visible - window);
-    const Span all = far ? Span{0, behind} : Span{behind, visible};
+    Span all = far ? Span{0, behind} : Span{behind, visible};
+    if (block_size) {
+      const int64_t begin = (visible - 1) & -block_size;
+      (own ? all.begin : all.end) = own ? larger(all.begin, begin) : smaller(all.end, begin);
+    }
     return {larger(limits.begin, all.begin), smaller(limits.end, all.end)};
+  }
+
+  // From the first to the last KV row that any of the query rows sees; beside a residual, some see none.
+  Span hull(int64_t rows) const {
+    int64_t first = 0, last = rows - 1;
+    while (first < last && (*this)(first).empty()) ++first;
+    while (first < last && (*this)(last).empty()) --last;
+    return {(*this)(first).begin, (*this)(last).end};
+  }
+
+  // Of the tile of KV rows at `first`, the places that each query row of a KV head sees.
+  void places(int64_t first, int64_t rows, Span* seen) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const Span all = (*this)(r);
+      seen[r] = {smaller(larger(all.begin - first, 0), TILE), smaller(larger(all.end - first, 0), TILE)};
+    }
   }
 };
 

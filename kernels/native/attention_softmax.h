@@ -36,6 +36,10 @@ KVARTO_INLINE void clear(const Shape& shape, float* record) {
   record[0] = NEG_INFINITY;
 }
 
+KVARTO_INLINE void clear_all(const Shape& shape, float* records) {
+  for (int64_t r = 0; r < shape.all_rows(); ++r) clear(shape, records + r * shape.record);
+}
+
 // Turns the scores of a tile into weights exp2(score - max), and the record's max, sum and sums of V to that max.
 // Scores that are not seen may be anything.
 static inline void softmax_step(float* scores, Span seen, const Bend& bend, const Shape& shape, float* record) {

@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int64_t MAX_HEAD_DIM = 256;
-
 // What to do with one head of one row.
 struct RowWriter {
   const KvartoCache& cache;
@@ -21,7 +19,7 @@ struct RowWriter {
       memcpy(head + offset * size, row, size);
       return;
     }
-    float wide[MAX_HEAD_DIM];
+    float wide[kvarto::MAX_HEAD_DIM];
     to_float(row, cache.head_dim, wide);
     const float scale = kvarto::quantize_row(wide, cache.head_dim, cache.dtype, head + offset * size);
     memcpy(head + cache.block_size * size + offset * sizeof scale, &scale, sizeof scale);

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # First, so that our library binds to the OpenMP runtime that torch brings and both share its threads.
-import torch  # noqa: F401
+import torch
 
 if TYPE_CHECKING:
     from ctypes import _Pointer
 
-ABI_VERSION = 6
+    from ..checks import CacheShape
+
+ABI_VERSION = 7
 LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
@@ -35,6 +37,12 @@ class NativeCache(ctypes.Structure):
     ]
 
 
+def native_cache(cache: torch.Tensor, shape: CacheShape, dtype: int) -> NativeCache:
+    """`dtype`: a number of `abi.h`."""
+    sizes = shape._replace(num_blocks=cache.shape[0], num_layers=cache.shape[1])
+    return NativeCache(cache.data_ptr(), *sizes, dtype)
+
+
 class NativeAttention(ctypes.Structure):
     _fields_ = [
         ("cache", NativeCache),
@@ -46,6 +54,9 @@ class NativeAttention(ctypes.Structure):
         ("block_tables", c_void_p),
         ("query_start_loc", c_void_p),
         ("kv_lens", c_void_p),
+        ("residual", NativeCache),
+        ("residual_tables", c_void_p),
+        ("residual_layer", c_int64),
         ("num_tokens", c_int64),
         ("num_seqs", c_int64),
         ("max_blocks", c_int64),
@@ -178,6 +189,9 @@ class NativeLibrary:
         self.write_kv = library.kvarto_write_kv
         self.write_kv.argtypes = [POINTER(NativeCache), c_void_p, c_void_p, c_void_p]
         self.write_kv.argtypes += [c_int64, c_int64, c_int64, c_int64, c_int32, c_int32, c_int32, detail]
+        self.quantize_blocks = library.kvarto_quantize_blocks
+        self.quantize_blocks.argtypes = [POINTER(NativeCache), POINTER(NativeCache), c_void_p, c_void_p]
+        self.quantize_blocks.argtypes += [c_int64, c_int64, c_int64, c_int32, c_int32, detail]
         self.copy_blocks = library.kvarto_copy_blocks
         self.copy_blocks.argtypes = [POINTER(NativeBlockCopy), detail]
         self.paged_attention = library.kvarto_paged_attention

@@ -15,7 +15,7 @@ from .available import interpreted
 from .variants import TARGETS, Variant
 
 ALIGNED_SCALARS = ("query_stride", "key_stride", "value_stride", "block_stride", "row_size", "num_words",
-                   "source_stride", "destination_stride", "num_slots")
+                   "source_stride", "destination_stride", "num_slots", "residual_stride")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 
 from .codes import head_stride
-from .tiles import attend_tiles, far_tiles, load_queries, padded_dim, visible_tiles
+from .tiles import (
+    ALL,
+    attend_tiles,
+    far_tiles,
+    load_queries,
+    nothing_seen,
+    padded_dim,
+    visible_int4_tiles,
+    visible_tiles,
+)
 
 MIN_SPLIT_TOKENS = tl.constexpr(256)
 
@@ -77,10 +86,12 @@ def decode_kernel(
         far_q = load_queries(far.query, token.to(tl.int64), far.stride, head, far_mask, HEAD_DIM)
     positions = tl.zeros([q.shape[0]], tl.int32) + end - 1
     offs_head = kv_head * head_stride(key_ptr.dtype.element_ty, BLOCK_SIZE, HEAD_DIM)
+    acc, row_max, row_sum = nothing_seen(q)
+    last_tile = tl.minimum(first_tile + per_split, num_tiles)
     acc, row_max, row_sum = attend_tiles(
-        q, far_q, far, positions, first_tile, tl.minimum(first_tile + per_split, num_tiles), num_skipped, end - 1, end,
+        q, far_q, far, acc, row_max, row_sum, positions, first_tile, last_tile, num_skipped, end - 1, end,
         block_tables_ptr + seq * table_stride, key_ptr + offs_head, value_ptr + offs_head, block_stride, scale,
-        BLOCK_SIZE, HEAD_DIM, TILE_N, MASK)
+        ALL, BLOCK_SIZE, HEAD_DIM, TILE_N, MASK)
 
     offs_d = tl.arange(0, padded_dim(HEAD_DIM))
     mask = head_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -100,6 +111,7 @@ def reduce_kernel(
     TILE_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     MASK: tl.constexpr,  # MaskConstants
+    INT4_BLOCK_SIZE: tl.constexpr,  # None: the cache is not int4
 ):
     """Grid (num_heads, num_seqs): the mean of a head's splits, weighted by their sums of exponentials."""
     head = tl.program_id(0)
@@ -108,8 +120,12 @@ def reduce_kernel(
     if tl.load(query_start_loc_ptr + seq + 1) - token != 1:
         return
     end = tl.load(kv_lens_ptr + seq)
-    num_tiles, _ = visible_tiles(end - 1, end, TILE_N, MASK)
-    num_used = tl.cdiv(num_tiles, tiles_per_split(num_tiles, NUM_SPLITS, TILE_N))
+    if INT4_BLOCK_SIZE is None:
+        num_tiles, _ = visible_tiles(end - 1, end, TILE_N, MASK)
+        num_used = tl.cdiv(num_tiles, tiles_per_split(num_tiles, NUM_SPLITS, TILE_N))
+    else:
+        num_tiles, _ = visible_int4_tiles(end - 1, end, INT4_BLOCK_SIZE, TILE_N, MASK)
+        num_used = tl.maximum(tl.cdiv(num_tiles, tiles_per_split(num_tiles, NUM_SPLITS, TILE_N)), 1)
 
     offs_s = tl.arange(0, NUM_SPLITS)
     offs_d = tl.arange(0, padded_dim(HEAD_DIM))

@@ -17,13 +17,15 @@ import triton
 from torch import Tensor
 
 from ..kv_layout import SCALE_BYTES, quantized
-from ..mask import CAUSAL, FarSinks, Mask
+from ..mask import CAUSAL, FarSinks, Mask, Residual
 from .available import interpreted
 from .cache import copy_blocks_kernel, write_kv_kernel, write_quantized_kv_kernel
 from .configs import COPY_CHUNK_WORDS, MAX_DECODE_HEADS, MAX_SPLITS, WRITE_CHUNK, TileConfig, config_for
 from .decode import MIN_SPLIT_TOKENS, decode_kernel, reduce_kernel
-from .masks import FarTensors, MaskConstants, bound
+from .int4 import decode_int4_kernel, prefill_int4_kernel
+from .masks import FarTensors, MaskConstants, ResidualTensors, bound
 from .prefill import prefill_kernel
+from .quantize_int4 import quantize_blocks_kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,12 @@ class LayerCache:
         head_dim = row_elements - SCALE_BYTES if quantized(cache.dtype) else row_elements
         return cls(cache[:, layer, 0], cache[:, layer, 1], cache.stride(0), num_blocks, num_kv_heads, block_size,
                    head_dim)
+
+    @classmethod
+    def int4(cls, cache: Tensor, layer: int, residual: LayerCache) -> LayerCache:
+        """`cache`: as in `int4_ops.quantize_blocks`, beside that residual. K and V both begin where a head does."""
+        return cls(cache[:, layer], cache[:, layer], cache.stride(0), len(cache), residual.num_kv_heads,
+                   residual.block_size, residual.head_dim)
 
     @property
     def quantized(self) -> bool:
@@ -74,20 +82,44 @@ def write_kv(key: Tensor, value: Tensor, cache: LayerCache, slot_mapping: Tensor
 
 def paged_attention(query: Tensor, cache: LayerCache, block_tables: Tensor, query_start_loc: Tensor, kv_lens: Tensor,
                     scale: float, mask: Mask = CAUSAL, far_sinks: FarSinks | None = None,
-                    max_query_len: int | None = None) -> Tensor:
+                    max_query_len: int | None = None, residual: Residual | None = None) -> Tensor:
     """As `ops.paged_attention`. `max_query_len`: of the longest sequence, where the host knows it; kernels that
     it shows to have nothing to do are not launched."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if query.numel() == 0:
         return out
     padded_dim = max(16, triton.next_power_of_2(cache.head_dim))
-    batch = _Batch(query, out, cache, block_tables, query_start_loc, kv_lens, scale, *bound(mask, far_sinks))
+    batch = _Batch(query, out, cache, block_tables, query_start_loc, kv_lens, scale, *bound(mask, far_sinks),
+                   None if residual is None else _residual_tensors(residual))
     with launching_on(query.device):
         backend, arch = current_target()
-        _decode(batch, config_for("decode", backend, arch, padded_dim, query.element_size()))
+        int4 = "" if residual is None else " int4"
+        _decode(batch, config_for("decode" + int4, backend, arch, padded_dim, query.element_size()))
         if max_query_len is None or max_query_len > 1:
-            _prefill(batch, config_for("prefill", backend, arch, padded_dim, query.element_size()))
+            _prefill(batch, config_for("prefill" + int4, backend, arch, padded_dim, query.element_size()))
     return out
+
+
+def quantize_blocks(residual: LayerCache, residual_blocks: Tensor, cache: LayerCache, blocks: Tensor) -> None:
+    """As `int4_ops.quantize_blocks`, but what names a block outside its cache is dropped."""
+    if not blocks.numel():
+        return
+    half_tile = int(triton.next_power_of_2(cache.head_dim // 2))
+    with launching_on(blocks.device):
+        quantize_blocks_kernel[blocks.numel(), cache.num_kv_heads](
+            residual.key, residual.value, cache.key, residual_blocks, blocks, residual.num_blocks, cache.num_blocks,
+            residual.block_stride, cache.block_stride, BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim,
+            HALF_TILE=half_tile, num_warps=quantize_warps(cache.block_size * half_tile))
+
+
+def _residual_tensors(residual: Residual) -> ResidualTensors:
+    layer = LayerCache.of(residual.cache, residual.layer)
+    return ResidualTensors(layer.key, layer.value, residual.block_tables, layer.block_stride)
+
+
+def quantize_warps(elements: int) -> int:
+    """For tiles of so many."""
+    return 4 if elements <= 4096 else 8
 
 
 class _Batch(NamedTuple):
@@ -102,6 +134,12 @@ class _Batch(NamedTuple):
     scale: float
     mask: MaskConstants
     far: FarTensors | None
+    residual: ResidualTensors | None
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor | ResidualTensors]:
+        """Where K and V are: what the kernels differ in."""
+        return (self.cache.key, self.cache.value if self.residual is None else self.residual)
 
     @property
     def group(self) -> int:
@@ -109,29 +147,31 @@ class _Batch(NamedTuple):
 
 
 def _decode(batch: _Batch, config: TileConfig) -> None:
-    query, out, cache, block_tables, query_start_loc, kv_lens, scale, mask, far = batch
+    query, out, cache, block_tables, query_start_loc, kv_lens, scale, mask, far, residual = batch
     num_seqs, num_heads = kv_lens.numel(), query.shape[1]
     heads = even_share(batch.group, MAX_DECODE_HEADS)
     num_splits = splits_for(block_tables.shape[1] * cache.block_size)
     partial = torch.empty((num_seqs, num_heads, num_splits, cache.head_dim), dtype=torch.float32, device=query.device)
     lse = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=query.device)
-    decode_kernel[num_splits, cache.num_kv_heads * triton.cdiv(batch.group, heads), num_seqs](
-        query, cache.key, cache.value, block_tables, query_start_loc, kv_lens, partial, lse,
+    kernel = decode_kernel if residual is None else decode_int4_kernel
+    kernel[num_splits, cache.num_kv_heads * triton.cdiv(batch.group, heads), num_seqs](
+        query, *batch.rows, block_tables, query_start_loc, kv_lens, partial, lse,
         query.stride(0), cache.block_stride, block_tables.stride(0), scale, far,
         GROUP=batch.group, HEADS=heads, BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim, TILE_N=config.tile_n,
         NUM_SPLITS=num_splits, MASK=mask, num_warps=config.num_warps, num_stages=config.num_stages)
     reduce_kernel[num_heads, num_seqs](
         partial, lse, out, query_start_loc, kv_lens, HEAD_DIM=cache.head_dim, TILE_N=config.tile_n,
-        NUM_SPLITS=num_splits, MASK=mask)
+        NUM_SPLITS=num_splits, MASK=mask, INT4_BLOCK_SIZE=None if residual is None else cache.block_size)
 
 
 def _prefill(batch: _Batch, config: TileConfig) -> None:
-    query, out, cache, block_tables, query_start_loc, kv_lens, scale, mask, far = batch
+    query, out, cache, block_tables, query_start_loc, kv_lens, scale, mask, far, residual = batch
     num_tokens, num_seqs = query.shape[0], kv_lens.numel()
     heads = even_share(batch.group, config.rows)
     num_tiles = num_tokens // (config.rows // heads) + num_seqs
-    prefill_kernel[num_tiles, cache.num_kv_heads * triton.cdiv(batch.group, heads)](
-        query, out, cache.key, cache.value, block_tables, query_start_loc, kv_lens, num_seqs,
+    kernel = prefill_kernel if residual is None else prefill_int4_kernel
+    kernel[num_tiles, cache.num_kv_heads * triton.cdiv(batch.group, heads)](
+        query, out, *batch.rows, block_tables, query_start_loc, kv_lens, num_seqs,
         query.stride(0), cache.block_stride, block_tables.stride(0), scale, far,
         GROUP=batch.group, HEADS=heads, ROWS=config.rows, BLOCK_SIZE=cache.block_size, HEAD_DIM=cache.head_dim,
         TILE_N=config.tile_n, MASK=mask, num_warps=config.num_warps, num_stages=config.num_stages)

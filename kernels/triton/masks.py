@@ -1,4 +1,5 @@
-"""What the attention kernels are told of a mask: constants that are compiled in, and the far sinks' tensors."""
+"""What the attention kernels are told besides the cache: constants of the mask that are compiled in, the tensors of far
+sinks, and those of a residual."""
 
 from __future__ import annotations
 
@@ -28,6 +29,15 @@ class FarTensors(NamedTuple):
     stride: int
     cos: Tensor | None
     sin: Tensor | None
+
+
+class ResidualTensors(NamedTuple):
+    """One layer of the residual (`Residual`) as one argument. `stride`: elements from one block to the next."""
+
+    key: Tensor
+    value: Tensor
+    block_tables: Tensor
+    stride: int
 
 
 def bound(mask: Mask, far_sinks: FarSinks | None) -> tuple[MaskConstants, FarTensors | None]:

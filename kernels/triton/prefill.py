@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .codes import head_stride
-from .tiles import attend_tiles, load_queries, padded_dim, visible_tiles
+from .tiles import ALL, attend_tiles, load_queries, nothing_seen, padded_dim, visible_tiles
 
 
 @triton.jit
@@ -80,10 +80,11 @@ def prefill_kernel(
     if far is not None:
         far_q = load_queries(far.query, token, far.stride, head, query_mask & (end > MASK.window), HEAD_DIM)
     offs_head = kv_head * head_stride(key_ptr.dtype.element_ty, BLOCK_SIZE, HEAD_DIM)
+    acc, row_max, row_sum = nothing_seen(q)
     acc, _, row_sum = attend_tiles(
-        q, far_q, far, num_before + query, 0, num_tiles, num_skipped, oldest, end,
+        q, far_q, far, acc, row_max, row_sum, num_before + query, 0, num_tiles, num_skipped, oldest, end,
         block_tables_ptr + seq * table_stride, key_ptr + offs_head, value_ptr + offs_head, block_stride, scale,
-        BLOCK_SIZE, HEAD_DIM, TILE_N, MASK)
+        ALL, BLOCK_SIZE, HEAD_DIM, TILE_N, MASK)
 
     offs_d = tl.arange(0, padded_dim(HEAD_DIM))
     mask = query_mask[:, None] & (offs_d < HEAD_DIM)[None, :]

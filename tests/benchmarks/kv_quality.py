@@ -4,7 +4,7 @@
 With --sparsity, instead, that of the second half of each context, whose first half is the prompt: every policy at half
 the rows of a full cache (snapkv: half of the prompt's; h2o and tova: half of the context's) against keeping all.
 
-Usage: python tests/benchmarks/kv_quality.py [--dtypes auto int8 fp8] [--context N] [--contexts N] [--block-size N]
+Usage: python tests/benchmarks/kv_quality.py [--dtypes auto int8 fp8 int4] [--context N] [--contexts N] [--block-size N]
        python tests/benchmarks/kv_quality.py --sparsity h2o snapkv tova [--context N] [--contexts N] [--block-size N]
                                                             needs: kvarto installed, the model in the cache
 """
@@ -44,14 +44,15 @@ class Reader:
         config = load_model_config(MODEL)
         layout = TPLayout.of(config, 1, 0)
         length = len(contexts[0])
-        self.decoder = Decoder.load(config, layout, open_weights(config), DTYPE, CPU, SingleRank(), length)
-        dtype = kv_dtype(kv_cache_dtype, DTYPE)
+        self.decoder = Decoder.load(
+            config, layout, open_weights(config), DTYPE, CPU, SingleRank(), length, kv_cache_dtype)
         per_sequence = -(-length // block_size)
-        group, = self.decoder.kv_groups
-        self.token_bytes = block_bytes(config, layout, group, block_size, dtype) / block_size
-        shape = cache_shape(config, layout, group, 1 + per_sequence * len(contexts), block_size, dtype)
-        self.caches = [torch.zeros(shape, dtype=dtype)]
-        self.table = SequenceTable(len(contexts), length, block_size, 1)
+        group, *residual = self.decoder.kv_groups
+        self.token_bytes = block_bytes(config, layout, group, block_size, DTYPE, kv_cache_dtype) / block_size
+        num_blocks = 1 + per_sequence * len(contexts)
+        self.caches = [torch.zeros(cache_shape(config, layout, each, num_blocks, block_size, DTYPE, kv_cache_dtype),
+                                   dtype=kv_dtype(each, DTYPE, kv_cache_dtype)) for each in (group, *residual)]
+        self.table = SequenceTable(len(contexts), length, block_size, len(self.caches), has_residual=bool(residual))
         self.contexts = contexts
         self.blocks = [list(range(1 + per_sequence * number, 1 + per_sequence * (number + 1)))
                        for number in range(len(contexts))]
@@ -64,7 +65,7 @@ class Reader:
                 seq_id=number, seq_index=0, token_ids=tokens, num_prompt_tokens=len(tokens), params=SamplingParams()))
         rows = []
         for place in range(len(self.contexts[0]) - 1):
-            steps = [SequenceStep(seq_id=number, new_block_ids=[] if place else [blocks])
+            steps = [SequenceStep(seq_id=number, new_block_ids=[] if place else [blocks] * len(self.caches))
                      for number, blocks in enumerate(self.blocks)]
             layout = lay_out(steps, self.table)
             hidden = self.decoder.forward(build(layout, self.table, CPU), self.caches)
@@ -93,7 +94,7 @@ def measure_sparsity(policies: list[str], contexts: list[list[int]], block_size:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", nargs="+", default=["auto", "int8", "fp8"])
+    parser.add_argument("--dtypes", nargs="+", default=["auto", "int8", "fp8", "int4"])
     parser.add_argument("--sparsity", nargs="+", choices=["h2o", "snapkv", "tova"])
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--contexts", type=int, default=10)

@@ -3,55 +3,27 @@ preemption, sharing or recovery of blocks; memory is bounded."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvarto import LLM, RequestOutput, SamplingParams
 
-VOCAB = 131
-MAX_MODEL_LEN = 256
+_spec = importlib.util.spec_from_file_location("random_models", Path(__file__).with_name("random_models.py"))
+assert _spec is not None and _spec.loader is not None
+random_models = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(random_models)
+MAX_MODEL_LEN, PROMPTS, make_model = random_models.MAX_MODEL_LEN, random_models.PROMPTS, random_models.make_model
+
 NUM_TOKENS = 40
 POOL_BYTES = 64 * 2**20
-SIZES = {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 4, "num_attention_heads": 6,
-         "num_key_value_heads": 3, "head_dim": 16, "max_position_embeddings": MAX_MODEL_LEN}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "alternating": ("Gemma2", SIZES | {"sliding_window": 24, "attn_logit_softcapping": 5.0,
-                                       "query_pre_attn_scalar": 16, "tie_word_embeddings": False}),
-    "windowed": ("Mistral", SIZES | {"sliding_window": 40}),
-    "full": ("Llama", SIZES | {"max_position_embeddings": 64}),
-}
-PROMPTS = [[(13 * place + 7 * number) % VOCAB for place in range(length)]
-           for number, length in enumerate((1, 23, 24, 61, 130, 200))]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def make_model(directory: Path, name: str) -> Any:
-    """A random model that Transformers has made, and a tokenizer of as many letters."""
-    class_name, settings = MODELS[name]
-    config = getattr(transformers, f"{class_name}Config")(
-        vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=None, **settings)
-    config._attn_implementation = "eager"
-    model = getattr(transformers, f"{class_name}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.save_pretrained(directory)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCAB]
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return model
 
 
 def continued(model: Any, prompt: list[int]) -> list[int]:
@@ -128,7 +100,7 @@ def test_sequences_that_share_a_windowed_prompt(windowed: tuple[str, list[list[i
 @pytest.mark.parametrize("pattern", ["streaming_llm", "lm_infinite", "sliding_window"])
 def test_a_sequence_outgrows_its_model_in_bounded_memory(tmp_path: Path, pattern: str) -> None:
     """A model of 64 positions, 600 tokens, and a pool in which they would not fit."""
-    make_model(tmp_path, "full")
+    make_model(tmp_path, "short")
     params = SamplingParams(temperature=0.0, max_tokens=600, ignore_eos=True)
     options: dict[str, Any] = dict(
         dtype="float32", attention_pattern=pattern, attention_window=32, max_model_len=700, check_integrity=True,

@@ -28,8 +28,10 @@ def blocks_of(moves: list[BlockMoves], kind: str, place: int) -> set[Block]:
     return {(group, move[place]) for group, each in enumerate(moves) for move in getattr(each, kind)}
 
 
-def first_seen(group: KVGroupSpec, position: int) -> int:
+def first_seen(group: KVGroupSpec, position: int, block_size: int) -> int:
     """The first position behind the sinks that a query at `position` sees; sinks are all that is seen before it."""
+    if group.residual:
+        return position // block_size * block_size
     return 0 if group.window is None else max(0, position - group.window + 1)
 
 
@@ -131,7 +133,7 @@ class HeldSequences:
     def _pass_by(self, seq_id: int) -> None:
         """Forget what lies wholly behind a window and is no sink."""
         for group, (spec, table) in enumerate(zip(self.kv_groups, self.tables[seq_id], strict=True)):
-            end = min(len(table), first_seen(spec, self.computed[seq_id]) // self.block_size)
+            end = min(len(table), first_seen(spec, self.computed[seq_id], self.block_size) // self.block_size)
             for index in range(self._num_passed[seq_id][group], end):
                 if index * self.block_size >= spec.num_sinks:
                     table[index] = 0

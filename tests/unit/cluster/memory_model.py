@@ -6,6 +6,9 @@ unwritten slot shows, and sharing is right exactly where prefixes are equal. Wha
 
 A compaction keeps any rows, but always the last: from then on a query must see exactly these. The tokens that follow
 depend on the whole prefix all the same, so that whoever drops rows must come to the tokens that it has alone.
+
+Beside a residual the other KV groups are written a block at a time, from what the residual holds when it is full, and
+read up to the block of the query; the rest is read in the residual.
 """
 
 from __future__ import annotations
@@ -95,6 +98,7 @@ class MemoryModelRank:
         self.held = HeldSequences(block_size, kv_groups)
         self.kv_groups = self.held.kv_groups
         num_groups = len(self.kv_groups)
+        self._has_residual = self.kv_groups[-1].residual
         self.devices, self.hosts = (
             [[[0] * block_size for _ in range(count + 1)] for count in _per_group(counts, num_groups)]
             for counts in (num_blocks, num_host_blocks))
@@ -276,18 +280,25 @@ class MemoryModelRank:
         assert step.compaction is None or step.compaction.num_kept == sparsity.budget
 
     def _compute(self, plan: StepPlan, result: StepResult) -> None:
-        """All writes come before all reads: each layer writes the keys and values of the batch, then attends."""
+        """All writes come before all reads: each layer writes the keys and values of the batch, quantizes the blocks
+        that are full now, then attends."""
         size = self.block_size
         for step in plan.steps:
             text = self.texts[step.seq_id]
             begin = self.held.computed[step.seq_id]
             end = begin + step.num_tokens
             assert end <= len(text.tokens), "a token is computed that nobody knows"
-            for group, table in enumerate(self.held.tables[step.seq_id]):
+            tables = self.held.tables[step.seq_id]
+            for group, table in enumerate(tables):
+                if self._has_residual and not self.kv_groups[group].residual:
+                    continue
                 dropped = self.held.dropped[step.seq_id]
                 for position in range(begin, end):
                     row = position - dropped
                     self.devices[group][table[row // size]][row % size] = text.chain[position] + group
+            if self._has_residual:
+                for index in range(begin // size, end // size):
+                    self._quantize([table[index] for table in tables])
             if text.scored and (known := text.tokens[begin + 1: min(end + 1, text.num_prompt_tokens)]):
                 result.prompt_logprobs.append(PromptLogprobs(
                     seq_id=step.seq_id, first=begin + 1, positions=[_logprobs(token) for token in known]))
@@ -300,9 +311,18 @@ class MemoryModelRank:
                 continue
             for group, spec in enumerate(self.kv_groups):
                 # What the first query sees, what the last one sees and all between.
-                seen_from = held_sequences.first_seen(spec, begin)
-                self._check_read(step.seq_id, group, 0, min(spec.num_sinks, seen_from))
-                self._check_read(step.seq_id, group, seen_from, end)
+                seen_from = held_sequences.first_seen(spec, begin, self.block_size)
+                in_residual = self._has_residual and not spec.residual
+                seen_to = (end - 1) // self.block_size * self.block_size if in_residual else end
+                self._check_read(step.seq_id, group, 0, min(spec.num_sinks, seen_from, seen_to))
+                self._check_read(step.seq_id, group, seen_from, seen_to)
+
+    def _quantize(self, blocks: list[int]) -> None:
+        """`blocks`: of every KV group, the residual last."""
+        residual = len(blocks) - 1
+        self.seen["quantized"] += 1
+        for group, block in enumerate(blocks[:-1]):
+            self.devices[group][block] = [number - residual + group for number in self.devices[residual][blocks[-1]]]
 
     def _check_read(self, seq_id: int, group: int, begin: int, end: int) -> None:
         """The rows from `begin` to `end`, positions where none is dropped, hold what the sequence has put there, or

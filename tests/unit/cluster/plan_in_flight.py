@@ -53,7 +53,9 @@ class PlanInFlight:
     @staticmethod
     def _whole(held, step):
         num_full = (held.rows(step.seq_id) + step.num_tokens) // held.block_size
-        return {(group, block) for group, table in enumerate(held.tables[step.seq_id]) for block in table[:num_full]}
+        # What a residual holds of them nobody ever finds.
+        return {(group, block) for group, table in enumerate(held.tables[step.seq_id]) for block in table[:num_full]
+                if not held.kv_groups[group].residual}
 
     def check_against(self, earlier):
         """What an earlier plan in flight names and nobody owns any more is left alone. A sequence of a group that it

@@ -57,6 +57,7 @@ BASES = [COUNTING, COUNTING[:24] + COUNTING[10:34], [9] * 16 + COUNTING[16:], [7
 that repeat."""
 
 FULL = KVGroupSpec(layer_ids=(0,))
+RESIDUAL = KVGroupSpec(layer_ids=(0, 1, 2), residual=True)
 
 
 def make_scheduler(config, stored_keys, orphaned_keys):
@@ -75,13 +76,16 @@ def make_scheduler(config, stored_keys, orphaned_keys):
 
 
 def _add_pools(config):
-    """The KV groups, and how many blocks each has: the pool of a window may be just large enough for `num_seats`."""
+    """The KV groups, and how many blocks each has: the pool of a window, or of a residual, may be just large enough for
+    `num_seats`."""
     window = KVGroupSpec(layer_ids=(1,), window=config.pop("window"), num_sinks=config.pop("num_sinks"))
     other = KVGroupSpec(layer_ids=(2,), window=2 * window.window + 3)
     # Where no query of any layer sees a token before its own, every prompt would begin with a hit on nothing.
     alone = window if window.window > 1 else other
     groups = config["kv_groups"] = {"full": [FULL], "full and window": [FULL, window], "window": [alone],
-                                    "two windows": [window, other]}[config.pop("layout")]
+                                    "two windows": [window, other], "residual": [FULL, RESIDUAL],
+                                    "window and residual": [alone, RESIDUAL],
+                                    "full, window and residual": [FULL, window, RESIDUAL]}[config.pop("layout")]
     num_seats, num_blocks, num_host_blocks = (config[key] for key in ("num_seats", "num_blocks", "num_host_blocks"))
     config["num_blocks"] = [
         num_blocks if group is FULL or not num_seats else enough_blocks(group, config, num_seats) for group in groups]
@@ -103,9 +107,12 @@ def _add_sparsity(config):
 
 def enough_blocks(group, config, num_seqs):
     """What a pool never needs more than, by what `KVGroupSpec` says of its window."""
+    size = config["block_size"]
+    if group.residual:
+        # A block of each sequence, of which one may go on in the middle of its own with all of a step's tokens.
+        return num_seqs + -(-(config["budget"] - 1) // size)
     if group.window is None:
         return 10**9
-    size = config["block_size"]
     return num_seqs * (-(-group.window // size) + -(-group.num_sinks // size) + 2) + -(-config["budget"] // size)
 
 
@@ -136,7 +143,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         mode=st.sampled_from(["auto", "swap", "recompute"]), victim=st.sampled_from(["latest", "least_computed"]),
         watermark=st.sampled_from(["one_percent", "none"]), block_copy_s=st.sampled_from([1e-6, 3e-3, 1.0]),
         corruption=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 2**16), pressure=st.booleans(),
-        layout=st.sampled_from(["full", "full and window", "window", "full", "two windows"]),
+        layout=st.sampled_from(["full", "full and window", "window", "full", "two windows", "residual",
+                                "window and residual", "full, window and residual"]),
         window=st.sampled_from([8, 20, 5, 12, 1, 33, 2]), num_sinks=st.sampled_from([0, 1, 3]),
         num_seats=st.sampled_from([1, 2, 0]), policy=st.sampled_from([None, "tova", None, "snapkv", None, "h2o", None]),
         kept=st.sampled_from([8, 12, 5, 16, 20]), interval=st.sampled_from([8, 1, 3, 16]),
@@ -153,7 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         _add_pools(config)
         self.config = config | {"costs": Costs(block_copy_s=block_copy_s, prefill_token_s=1e-3)}
         self.block_size, self.caching, self.depth = config["block_size"], config["caching"], depth
-        pools = [KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks)
+        pools = [KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks, residual=group.residual)
                  for count, group in zip(config["num_blocks"], config["kv_groups"], strict=True)]
         self.info = EngineInfo(
             epoch=7, max_model_len=MAX_MODEL_LEN, vocab_size=memory_model.VOCAB,
@@ -360,9 +368,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _start_all(self, disks):
         """A Head and its ranks, with nothing but the files of those before."""
         config = self.config
-        everywhere = set.intersection(*map(set, disks))
+        stored = [disk for disk, group in zip(disks, config["kv_groups"], strict=True) if not group.residual]
+        everywhere = set.intersection(*map(set, stored))
         self.space, self.scheduler = make_scheduler(
-            config, [key for key in disks[0] if key in everywhere], sorted(set().union(*disks) - everywhere))
+            config, [key for key in stored[0] if key in everywhere], sorted(set().union(*stored) - everywhere))
         self.rank = memory_model.MemoryModelRank(
             self.block_size, config["num_blocks"], config["num_host_blocks"], self.rng,
             kv_groups=config["kv_groups"], disk_capacity=config["disk_capacity"], eos_token_ids=(EOS,),
@@ -425,5 +434,5 @@ def test_the_machine_has_been_everywhere():
         pytest.skip("the machine has not run in this process, or was told to run little")
     for what in ("swap_outs", "swap_ins", "copies", "disk_stores", "disk_loads", "disk_drops", "failed_loads", "late",
                  "forks", "siblings", "hits", "cached", "follow_ups_hit", "errors", "restarts", "behind",
-                 "hits_behind", "compactions", "sparse_swaps"):
+                 "hits_behind", "compactions", "sparse_swaps", "quantized"):
         assert REACHED[what], f"{what}: never in {REACHED['steps']} steps"

@@ -41,7 +41,7 @@ class Space(BlockSpace):
         key = key_of(self, number)
         return [name for name, pools in (("device", self.devices), ("host", self.hosts))
                 if all(pool.find(key) is not None for pool in pools)] + [
-                    "disk"] * all(key in disk for disk in self.tiers._disk)
+                    "disk"] * all(key in disk for disk in self.tiers._disk.values())
 
     def match_of(self, number, num_blocks=1):
         return self.match(self.open(99, root=ROOT), [*prompt(number, num_blocks), 0])

@@ -169,7 +169,7 @@ def test_a_budget_that_holds_next_to_nothing_is_refused():
 
 @pytest.mark.parametrize("values", [
     {"attention_pattern": "sliding_window", "attention_window": 64}, {"preemption_mode": "recompute"},
-    {"swap_space_bytes": 0}, {"kv_disk_path": "/tmp/kv"}])
+    {"swap_space_bytes": 0}, {"kv_disk_path": "/tmp/kv"}, {"kv_cache_dtype": "int4"}])
 def test_what_does_not_go_with_sparsity_is_refused_by_name(values):
     text = message(**SPARSE, **values)
     assert "kv_sparsity='tova'" in text and next(iter(values)) in text

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvarto.kernels.kv_layout import FP8
 from kvarto.protos.model import KVGroupSpec
 from kvarto.worker.batch import ForwardBatch
 from kvarto.worker.collectives import Communicator, SingleRank
@@ -252,6 +251,6 @@ def test_kv_groups_and_block_bytes_of_a_llama(tmp_path):
     assert group == KVGroupSpec(layer_ids=(0, 1))
     layout = TPLayout.of(config, 2, 0)
     assert cache_shape(config, layout, group, 5, 16, torch.float16) == (5, 2, 2, 2, 16, 8)
-    assert cache_shape(config, layout, group, 5, 16, torch.int8) == (5, 2, 2, 2, 16, 8 + 4)
-    assert block_bytes(config, layout, group, 16, FP8) == 2 * 2 * 2 * 16 * (8 + 4)
+    assert cache_shape(config, layout, group, 5, 16, torch.float16, "int8") == (5, 2, 2, 2, 16, 8 + 4)
+    assert block_bytes(config, layout, group, 16, torch.float16, "fp8") == 2 * 2 * 2 * 16 * (8 + 4)
     assert block_bytes(config, layout, group, 16, torch.bfloat16) == 2 * 2 * 2 * 16 * 8 * 2
