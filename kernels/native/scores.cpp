@@ -91,7 +91,7 @@ class Wave {
         const int64_t num_queries = std::min(left, tile_queries), first_visible = kv_len - left + 1;
         const int64_t num_chunks = divide_up(first_visible + num_queries - 1, CHUNK);
         tiles.push_back({{call.block_tables + s * call.max_blocks, end - left, num_queries, first_visible, head, 1,
-                          false, 0, num_chunks, nullptr, false}, nullptr, nullptr, 1});
+                          false, 0, num_chunks, nullptr, nullptr, false}, nullptr, nullptr, 1});
         kept_offsets.push_back(keeps ? kept_size : -1);
         if (keeps) kept_size += num_chunks * num_queries * group * CHUNK;
         work += num_queries * group * num_chunks * CHUNK * call.cache.head_dim;
