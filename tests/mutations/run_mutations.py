@@ -117,8 +117,6 @@ MUTANTS = [
            "        for beam in dead:\n            self._end(beam)\n", "        group.live = live\n"),
     Mutant("nobody makes room for a compaction", ADVANCER,
            "return [count + num_fresh for count in need]", "return need"),
-    Mutant("a prompt starts without room for its compaction", SPARSITY,
-           "self._blocks(stop - num_dropped) + self._blocks(self.spec.budget)", "self._blocks(stop - num_dropped)"),
     Mutant("requests are admitted that cannot be compacted", SPARSITY,
            "(full + kept) + begins", "full + begins - kept"),
     Mutant("a compacted sequence offers its blocks", SPACE,
