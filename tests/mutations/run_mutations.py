@@ -143,10 +143,6 @@ MUTANTS = [
            "if child.on_ranks or child.is_suspended:", "if child.on_ranks:"),
     Mutant("siblings copy what is not compacted yet", ADVANCER, "        if num_kept:\n            self._draft.compact",
            "        if num_kept and group.is_forked:\n            self._draft.compact"),
-    Mutant("one that has to wait for blocks lets others pass", ADVANCER,
-           "                self.waits_for_blocks = True\n                return False\n"
-           "            self.took_blocks = True\n",
-           "                return False\n            self.took_blocks = True\n"),
 ]
 
 
