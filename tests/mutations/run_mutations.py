@@ -137,8 +137,6 @@ MUTANTS = [
     Mutant("h2o uses the prefix cache", SCHEDULER, "if sparsity and sparsity.spec.keeps_scores:", "if False:"),
     Mutant("scores are forgotten when a sequence is swapped out", DRAFT,
            "if not (sparsity and sparsity.spec.keeps_scores):", "if True:"),
-    Mutant("the ranks keep scores of what has ended", DRAFT,
-           "if sequence.on_ranks or sequence.is_suspended:", "if sequence.on_ranks:"),
     Mutant("a fork of a suspended beam is not told", DRAFT,
            "if child.on_ranks or child.is_suspended:", "if child.on_ranks:"),
     Mutant("siblings copy what is not compacted yet", ADVANCER, "        if num_kept:\n            self._draft.compact",

@@ -296,17 +296,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self):
         if not self.is_whole:
             return
-        self._run_out()
-        # Ends are told by the plan after them.
-        if self._add([1], SamplingParams(max_tokens=1), 0, "", []) is not None:
-            self._run_out()
-            assert not self.rank.held.suspended, "the ranks keep something of a sequence that has ended"
-        self._check_the_end()
-        REACHED.update(self.rank.seen)
-
-    # -- inside the rules --------------------------------------------------------------------------------------------
-
-    def _run_out(self):
         self.idle = 0
         while self.scheduler.num_unfinished or self.in_flight or self.late:
             before = len(self.in_flight)
@@ -320,6 +309,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.space.check_integrity()
             self.idle += 1
             assert self.idle < PATIENCE, "starvation: no request gets a token"
+        self._check_the_end()
+        REACHED.update(self.rank.seen)
+
+    # -- inside the rules --------------------------------------------------------------------------------------------
 
     def _add(self, prompt, params, priority, salt, produced):
         """Returns the request, or None where it is refused: rightly so, as far as can be told from outside."""
