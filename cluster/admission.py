@@ -74,8 +74,10 @@ def _longest(num_prompt: int, num_seqs: int, pool: KVPool, info: EngineInfo) -> 
     enough = enough_blocks(pool, info.block_size, num_seqs, info.max_num_batched_tokens)
     if enough is not None and pool.num_blocks >= enough:
         return info.max_model_len
-    # The sequences share the full blocks of the prompt; of the rest each takes the same whole number of blocks.
-    shared = num_prompt // info.block_size
+    # The sequences share the full blocks of the prompt; of the rest each takes the same whole number of blocks. Beside
+    # a window they may not find those of the prompt when they are computed again: the first has gone past what they
+    # see.
+    shared = 0 if any(each.window is not None for each in info.kv_pools) else num_prompt // info.block_size
     fits = (shared + (pool.num_blocks - shared) // num_seqs) * info.block_size
     if info.kv_sparsity is None:
         return fits

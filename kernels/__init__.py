@@ -1,11 +1,14 @@
 """kvarto's kernels: one op set, several backends. Shapes, dtypes and errors are documented in `ops.py` (attention and
-the KV cache), `linear_ops.py` and `sparsity_ops.py`, masks in `mask.py`, quantized caches in `kv_layout.py`."""
+the KV cache), `linear_ops.py`, `row_ops.py` and `sparsity_ops.py`, masks in `mask.py`, quantized caches in
+`kv_layout.py`."""
 
 from .backends import available_backends, backend
 from .linear_ops import PackedLinear, linear, pack_linear
 from .mask import CAUSAL, FarSinks, Mask
 from .ops import copy_blocks, paged_attention, write_kv
+from .row_ops import activate, gated, rms_norm, rotate
 from .sparsity_ops import attention_scores, compact_rows
 
-__all__ = ["CAUSAL", "FarSinks", "Mask", "PackedLinear", "attention_scores", "available_backends", "backend",
-           "compact_rows", "copy_blocks", "linear", "pack_linear", "paged_attention", "write_kv"]
+__all__ = ["CAUSAL", "FarSinks", "Mask", "PackedLinear", "activate", "attention_scores", "available_backends",
+           "backend", "compact_rows", "copy_blocks", "gated", "linear", "pack_linear", "paged_attention", "rms_norm",
+           "rotate", "write_kv"]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import FarSinks, Mask, PackedLinear, linear, paged_attention, write_kv
+from ..kernels import FarSinks, Mask, PackedLinear, linear, paged_attention, rotate, write_kv
 from .batch import ForwardBatch
 from .far_sinks import FarAngles
 from .norms import Norm
 from .observer import Observer
-from .rope import Angles, rotate
+from .rope import Angles
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,11 @@ class Attention:
             qk = torch.cat((self.q_norm(qk[:, :num_heads]), self.k_norm(qk[:, num_heads:])), dim=1)
         far_sinks = None
         if (far_angles := far[self.group]) is not None:
-            far_sinks = FarSinks(rotate(qk[:, :num_heads], *far_angles.query), *(far_angles.keys or (None, None)))
+            far_query = qk[:, :num_heads].clone()
+            rotate(far_query, *far_angles.query)
+            far_sinks = FarSinks(far_query, *(far_angles.keys or (None, None)))
         if self.angles is not None:
-            qk = rotate(qk, *angles[self.angles])
+            rotate(qk, *angles[self.angles])
         query, key = qk[:, :num_heads], qk[:, num_heads:]
         cache, place = caches[self.group], self.layer_in_group
         write_kv(key, value, cache, place, batch.slot_mapping[self.group])

@@ -15,7 +15,7 @@ from .collectives import Communicator
 from .far_sinks import FarSinkRule
 from .kv_groups import block_bytes, cache_shape, kv_groups
 from .layout import TPLayout
-from .mlp import ACTIVATIONS, Experts, Mlp
+from .mlp import Experts, Mlp
 from .norms import Norm
 from .observer import Observer
 from .rope import rotary_tables
@@ -93,17 +93,22 @@ class Decoder:
         Raises `UnavailableError` when another rank is gone.
         """
         # x: [num_tokens, hidden_size], the residual stream
-        angles = [(cos[batch.positions].unsqueeze(1), sin[batch.positions].unsqueeze(1)) for cos, sin in self._rotary]
+        angles = [(cos[batch.positions], sin[batch.positions]) for cos, sin in self._rotary]
         far = [None if rule is None else rule.angles(self._rotary[0], batch.positions) for rule in self._far_sinks]
         x = self._embed(batch.token_ids, batch.positions)
+        # What is to be added to x is added by the norm that comes next, on its one way through the row.
+        addend: torch.Tensor | None = None
         for layer in self._layers:
-            normed = layer.attention_norm(x)
+            normed = layer.attention_norm(x, addend)
             part = layer.attention(normed, angles, far, batch, caches, observer)
-            if not self._parallel:
-                x = x + self._sum(part, layer.attention_post_norm)
-            mlp_part = layer.mlp(normed if layer.mlp_norm is None else layer.mlp_norm(x))
-            x = x + self._sum(part + mlp_part if self._parallel else mlp_part, layer.mlp_post_norm)
-        return self._final_norm(x)
+            if self._parallel:
+                mlp_part = layer.mlp(normed if layer.mlp_norm is None else layer.mlp_norm(x))
+                addend = self._sum(part + mlp_part, layer.mlp_post_norm)
+                continue
+            addend = self._sum(part, layer.attention_post_norm)
+            assert layer.mlp_norm is not None, "only a parallel MLP does without"
+            addend = self._sum(layer.mlp(layer.mlp_norm(x, addend)), layer.mlp_post_norm)
+        return self._final_norm(x, addend)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -150,7 +155,7 @@ class Decoder:
         config, gated = self.config, shard.family.gated
         inner = ("gate", "up") if gated else ("up",)
         parts = [Mlp(shard.column_parallel(inner, layer, expert), shard.row_parallel("down", layer, expert),
-                     ACTIVATIONS[config.activation], gated) for expert in range(max(1, config.num_experts))]
+                     config.activation, gated) for expert in range(max(1, config.num_experts))]
         if not config.num_experts:
             return parts[0]
         return Experts(shard.replicated("router", layer), parts, config.num_experts_per_token,

@@ -46,4 +46,4 @@ class FarSinkRule:
             keys = cos[:self.num_sinks], sin[:self.num_sinks]
         else:
             far, keys = positions.clamp(max=self.num_sinks + self.window - 1), None
-        return FarAngles((cos[far].unsqueeze(1), sin[far].unsqueeze(1)), keys)
+        return FarAngles((cos[far], sin[far]), keys)

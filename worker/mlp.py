@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from ..kernels import PackedLinear, linear
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh}
+from ..kernels import PackedLinear, activate, gated, linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +16,14 @@ class Mlp:
     inner: PackedLinear
     """`gated`: those of the gate, then those of up."""
     down: PackedLinear
-    activation: Callable[[torch.Tensor], torch.Tensor]
+    activation: str
+    """By the name that Transformers gives it."""
     gated: bool
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # x: [num_tokens, hidden_size] -> the same
         inner = linear(x, self.inner)
-        if self.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            return linear(self.activation(gate) * up, self.down)
-        return linear(self.activation(inner), self.down)
+        return linear(gated(inner, self.activation) if self.gated else activate(inner, self.activation), self.down)
 
 
 @dataclass(frozen=True, slots=True)

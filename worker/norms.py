@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from ..kernels import rms_norm
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -18,12 +20,10 @@ class Norm:
     bias: torch.Tensor | None
     eps: float
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind == "layer":
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        # The square mean is taken in float32, and the weight applied in the dtype that Transformers applies it in.
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        if self.kind == "rms":
-            return self.weight * wide.to(x.dtype)
-        return (wide * (1.0 + self.weight.float())).to(x.dtype)
+    def __call__(self, x: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """`addend`: added to `x` in place first; both contiguous then."""
+        if self.kind != "layer":
+            return rms_norm(x, self.weight, self.eps, plus_one=self.kind == "rms_plus_one", addend=addend)
+        if addend is not None:
+            x.add_(addend)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

@@ -10,7 +10,7 @@ import torch
 from ..protos.model import ModelConfig, RopeScaling
 
 Angles = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines of every token, each `[num_tokens, 1, d / 2]`."""
+"""Cosines and sines of every token, each `[num_tokens, d / 2]` float32."""
 
 
 def rotary_tables(config: ModelConfig, num_positions: int, device: torch.device, *, local: bool = False
@@ -29,16 +29,6 @@ def rotary_tables(config: ModelConfig, num_positions: int, device: torch.device,
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
     magnitude = 1.0 if scaling is None else scaling.attention_factor
     return (angles.cos() * magnitude).to(device), (angles.sin() * magnitude).to(device)
-
-
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn every head by its token's angles, in float32, but for the elements past d; returns a new tensor in the
-    dtype of `heads`."""
-    # heads: [num_tokens, num_heads, head_dim]; cos, sin: [num_tokens, 1, d / 2]
-    turning = 2 * cos.shape[-1]
-    first, second = heads[..., :turning].float().chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
-    return turned if turning == heads.shape[-1] else torch.cat((turned, heads[..., turning:]), dim=-1)
 
 
 def _frequencies(dim: int, theta: float, scaling: RopeScaling | None, num_positions: int) -> torch.Tensor:

@@ -47,6 +47,9 @@ class Admitter:
         # A preempted sequence whose last result is still on its way: its tokens are not all known yet.
         if any(sequence.num_pending_tokens for sequence in group.live):
             return False
+        # One that this very plan swaps out cannot be swapped in by it, though it is more urgent than one that runs.
+        if group.status is Status.SWAPPED and group.swapped_step_id == self._space.moves.step_id:
+            return False
         advancer = self._advancer
         while True:
             if self._has_seats(group) and advancer.has_budget:

@@ -91,6 +91,7 @@ class Preemptor:
             group.request.request_id, num_held, num_tokens, choice, swap, host_is_full=num_blocks is None))
         if swap:
             self.num_swaps += 1
+            group.swapped_step_id = draft.step_id
             space.swap_out(members, busy_until=max(sequence.last_step_id for sequence in begun))
             for sequence in begun:
                 draft.swap_out(sequence)

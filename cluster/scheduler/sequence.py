@@ -85,6 +85,8 @@ class SequenceGroup:
     """As far as they are known and not delivered; the first token of the group brings them."""
     num_cached_tokens: int = -1
     """Prompt tokens found in the prefix cache when it first began; -1: it has not begun."""
+    swapped_step_id: int = -1
+    """The plan that swapped it out last."""
     has_loaded: bool = False
     """Whether blocks were read from disk for it."""
     status: Status = Status.WAITING

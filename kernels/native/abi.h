@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define KVARTO_ABI_VERSION 5
+#define KVARTO_ABI_VERSION 6
 
 // The first KVARTO_NUM_FLOATS are those of activations and weights; the rest, of codes in a cache, have scales.
 enum KvartoDtype : int32_t {
@@ -119,8 +119,16 @@ struct LinearKernels {
   int64_t width;  // float lanes: fixes how 16-bit columns interleave inside a panel
   void (*to_float[KVARTO_NUM_FLOATS])(const void* x, int64_t count, float* out);
   // One panel times x rows [m_begin, m_end); x is float32 with rows x_stride apart.
-  void (*panel[KVARTO_NUM_FLOATS])(const KvartoLinear&, const float* x, int64_t x_stride, int64_t panel,
+  void (*panel[KVARTO_NUM_FLOATS])(const KvartoLinear&, const void* x, int64_t x_stride, int64_t panel,
                                    int64_t m_begin, int64_t m_end, float* scratch);
+  // The same of bf16 x and weights, which are multiplied as they are; null: this instruction set cannot.
+  void (*bf16_panel)(const KvartoLinear&, const void* x, int64_t x_stride, int64_t panel, int64_t m_begin,
+                     int64_t m_end, float* scratch);
 };
+
+// Whether two rows of a packed bf16 weight lie beside each other, column by column: what bf16_panel multiplies.
+inline bool packs_row_pairs(const LinearKernels& kernels, int32_t weight_dtype, int64_t k) {
+  return kernels.bf16_panel && weight_dtype == KVARTO_BF16 && k % 2 == 0;
+}
 
 }  // namespace kvarto

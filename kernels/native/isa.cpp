@@ -11,6 +11,7 @@
   namespace kvarto::isa {                           \
   extern const AttentionKernels attention_kernels;  \
   extern const LinearKernels linear_kernels;        \
+  extern const RowKernels row_kernels;              \
   extern const ScoreKernels score_kernels;          \
   }
 KVARTO_EACH_ISA(KVARTO_DECLARE)
@@ -18,7 +19,8 @@ KVARTO_EACH_ISA(KVARTO_DECLARE)
 namespace kvarto {
 namespace {
 
-#define KVARTO_ENTRY(isa) {#isa, &isa::attention_kernels, &isa::linear_kernels, &isa::score_kernels},
+#define KVARTO_ENTRY(isa) \
+  {#isa, &isa::attention_kernels, &isa::linear_kernels, &isa::row_kernels, &isa::score_kernels},
 const Isa ISAS[] = {KVARTO_EACH_ISA(KVARTO_ENTRY)};
 constexpr int32_t NUM_ISAS = sizeof ISAS / sizeof ISAS[0];
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "abi.h"
+#include "rows.h"
 #include "sparsity.h"
 
 namespace kvarto {
@@ -10,6 +11,7 @@ struct Isa {
   const char* name;
   const AttentionKernels* attention;
   const LinearKernels* linear;
+  const RowKernels* rows;
   const ScoreKernels* scores;
 };
 

@@ -15,7 +15,7 @@ import torch  # noqa: F401
 if TYPE_CHECKING:
     from ctypes import _Pointer
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
@@ -120,6 +120,53 @@ class NativeBlockCopy(ctypes.Structure):
     ]
 
 
+class NativeNorm(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("addend", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("num_tokens", c_int64),
+        ("heads", c_int64),
+        ("dim", c_int64),
+        ("x_stride", c_int64),
+        ("eps", c_float),
+        ("plus_one", c_int32),
+        ("dtype", c_int32),
+        ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+class NativeRotation(ctypes.Structure):
+    _fields_ = [
+        ("heads", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("num_tokens", c_int64),
+        ("num_heads", c_int64),
+        ("head_dim", c_int64),
+        ("num_angles", c_int64),
+        ("stride", c_int64),
+        ("dtype", c_int32),
+        ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+class NativeGate(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("num_tokens", c_int64),
+        ("dim", c_int64),
+        ("activation", c_int32),
+        ("dtype", c_int32),
+        ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
 class NativeLibrary:
     """The library's functions, typed, and the instruction sets that it and this processor share.
 
@@ -147,6 +194,12 @@ class NativeLibrary:
         self.packed_elements = library.kvarto_packed_elements
         self.packed_elements.argtypes = [c_int64, c_int64]
         self.packed_elements.restype = c_int64
+        self.norm = library.kvarto_norm
+        self.norm.argtypes = [POINTER(NativeNorm)]
+        self.rotate = library.kvarto_rotate
+        self.rotate.argtypes = [POINTER(NativeRotation)]
+        self.gate = library.kvarto_gate
+        self.gate.argtypes = [POINTER(NativeGate)]
         self.isas = _runnable_isas(library)
 
 

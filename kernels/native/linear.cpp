@@ -17,22 +17,26 @@ constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications below which waking 
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where column c of a panel row lies; see load_pair in simd_*.inc.
-int64_t column_place(int64_t c, int64_t width, int32_t dtype) {
-  if (dtype != KVARTO_BF16) return c;
+// Where column c of row i lies in a panel; see load_pair in simd_*.inc.
+int64_t place_in_panel(int64_t c, int64_t i, int64_t width, int32_t dtype, bool row_pairs) {
+  if (row_pairs) return i / 2 * 2 * PANEL + c * 2 + i % 2;
+  if (dtype != KVARTO_BF16) return i * PANEL + c;
   const int64_t pair = c / (2 * width), within = c % (2 * width);
-  return pair * 2 * width + within % width * 2 + within / width;
+  return i * PANEL + pair * 2 * width + within % width * 2 + within / width;
 }
 
 template <class T>
-void pack(const T* weight, int64_t n, int64_t k, int64_t stride, int64_t width, int32_t dtype, T* packed) {
+void pack(const T* weight, int64_t n, int64_t k, int64_t stride, const LinearKernels& kernels, int32_t dtype,
+          T* packed) {
   const int64_t num_panels = divide_up(n, PANEL);
+  const bool row_pairs = packs_row_pairs(kernels, dtype, k);
 #pragma omp parallel for schedule(static)
   for (int64_t panel = 0; panel < num_panels; ++panel) {
     T* out = packed + panel * k * PANEL;
     for (int64_t c = 0; c < PANEL; ++c) {
-      const int64_t place = column_place(c, width, dtype), column = panel * PANEL + c;
-      for (int64_t i = 0; i < k; ++i) out[i * PANEL + place] = column < n ? weight[column * stride + i] : T(0);
+      const int64_t column = panel * PANEL + c;
+      for (int64_t i = 0; i < k; ++i)
+        out[place_in_panel(c, i, kernels.width, dtype, row_pairs)] = column < n ? weight[column * stride + i] : T(0);
     }
   }
 }
@@ -40,28 +44,34 @@ void pack(const T* weight, int64_t n, int64_t k, int64_t stride, int64_t width, 
 void run(const KvartoLinear& call, const LinearKernels& kernels) {
   const int64_t num_panels = divide_up(call.n, PANEL), num_blocks = divide_up(call.m, ROW_BLOCK);
   const int64_t num_jobs = num_panels * num_blocks, block = divide_up(call.m, std::max<int64_t>(num_blocks, 1));
+  const bool as_it_is =
+      call.x_dtype == KVARTO_BF16 && packs_row_pairs(kernels, call.weight_dtype, call.k);
+  const auto multiply = as_it_is ? kernels.bf16_panel : kernels.panel[call.weight_dtype];
   // An odd multiple of a cache line keeps rows out of each other's cache sets.
-  const int64_t x_stride = divide_up(call.k, 16) * 16 + 16;
-  const int64_t scratch_size = block * PANEL + WIDENED_FLOATS, x_size = call.m * x_stride;
+  const int64_t wide_stride = divide_up(call.k, 16) * 16 + 16, wide_size = as_it_is ? 0 : call.m * wide_stride;
+  const int64_t scratch_size = block * PANEL + WIDENED_FLOATS;
   const int64_t budget = call.m * call.n * call.k < SERIAL_WORK ? 1 : call.num_threads;
   const int threads = (int)std::max<int64_t>(1, std::min(budget, num_jobs));
 
   static thread_local std::vector<float> memory;
-  const int64_t needed = x_size + threads * scratch_size;
+  const int64_t needed = wide_size + threads * scratch_size;
   if ((int64_t)memory.size() < needed) memory.resize(needed);
-  float *x = memory.data(), *scratch = x + x_size;
-  const char* source = (const char*)call.x;
-  const int64_t source_stride = call.x_stride * element_size(call.x_dtype);
+  float *wide = memory.data(), *scratch = wide + wide_size;
+  const void* x = as_it_is ? call.x : wide;
+  const int64_t x_stride = as_it_is ? call.x_stride : wide_stride;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     float* mine = scratch + omp_get_thread_num() * scratch_size;
+    if (!as_it_is) {
+      const int64_t row_bytes = call.x_stride * element_size(call.x_dtype);
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < call.m; ++m)
-      kernels.to_float[call.x_dtype](source + m * source_stride, call.k, x + m * x_stride);
+      for (int64_t m = 0; m < call.m; ++m)
+        kernels.to_float[call.x_dtype]((const char*)call.x + m * row_bytes, call.k, wide + m * wide_stride);
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t job = 0; job < num_jobs; ++job) {
       const int64_t m = job % num_blocks * block;
-      kernels.panel[call.weight_dtype](call, x, x_stride, job / num_blocks, m, std::min(m + block, call.m), mine);
+      multiply(call, x, x_stride, job / num_blocks, m, std::min(m + block, call.m), mine);
     }
   }
 }
@@ -75,11 +85,11 @@ int64_t kvarto_packed_elements(int64_t n, int64_t k) { return kvarto::divide_up(
 
 void kvarto_pack_linear(const void* weight, int64_t n, int64_t k, int64_t stride, int32_t dtype, int32_t isa,
                         void* packed) {
-  const int64_t width = kvarto::find_isa(isa)->linear->width;
+  const kvarto::LinearKernels& kernels = *kvarto::find_isa(isa)->linear;
   if (dtype == KVARTO_F32)
-    kvarto::pack((const uint32_t*)weight, n, k, stride, width, dtype, (uint32_t*)packed);
+    kvarto::pack((const uint32_t*)weight, n, k, stride, kernels, dtype, (uint32_t*)packed);
   else
-    kvarto::pack((const uint16_t*)weight, n, k, stride, width, dtype, (uint16_t*)packed);
+    kvarto::pack((const uint16_t*)weight, n, k, stride, kernels, dtype, (uint16_t*)packed);
 }
 
 int32_t kvarto_linear(const KvartoLinear* call) try {

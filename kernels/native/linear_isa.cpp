@@ -1,7 +1,7 @@
 // One packed panel of PANEL weight columns times rows of x. Built once per instruction set.
 //
-// Every output element is one float32 sum over k = 0, 1, 2, ... in its own lane, whatever the
-// number of rows: the bits of a row do not depend on the rest of the batch.
+// Every output element is one float32 sum over k = 0, 1, 2, ... (of products, or of the sums of two) in its own lane,
+// whatever the number of rows: the bits of a row do not depend on the rest of the batch.
 #include "abi.h"
 #include "simd.h"
 
@@ -11,39 +11,68 @@ namespace KVARTO_ISA {
 constexpr int VECTORS = PANEL / WIDTH;
 // Depth of a widened piece of a panel: 16 KiB, half of a first-level cache.
 constexpr int64_t DEPTH = 128;
+// Of one that is multiplied as it is: 32 KiB, because few rows of x need the rest.
+constexpr int64_t BF16_DEPTH = 512;
 // Few rows are multiplied with the packed weight as it is: widening it would not pay.
 constexpr int64_t DIRECT_ROWS = 16;
-constexpr int64_t PREFETCH_BYTES = 2048;
+constexpr int64_t PREFETCH_BYTES = 4096;
 
 static_assert(VECTORS % 2 == 0, "16-bit columns are packed in pairs of vectors");
 
-template <class T>
-KVARTO_INLINE void load_panel_row(const T* row, Vec* out) {
-  for (int n = 0; n < VECTORS; n += 2) load_pair(row + n * WIDTH, out[n], out[n + 1]);
-}
-// Widened pieces are in column order.
-KVARTO_INLINE void load_panel_row(const float* row, Vec* out) {
-  for (int n = 0; n < VECTORS; ++n) out[n] = load(row + n * WIDTH);
-}
+// How elements of x meet a packed weight of T: how many rows of it one step takes, and as what.
+template <class X, class T>
+struct Product;
 
-// sums[R][PANEL] (+)= x[R][depth] * weight[depth][PANEL]
-template <int R, class T>
-KVARTO_INLINE void multiply_rows(const float* x, int64_t x_stride, const T* weight, int64_t depth, bool from_zero,
-                                 float* sums) {
+template <class T>
+struct Product<float, T> {
+  static constexpr int64_t STEP = 1;
+  using Operand = Vec;
+  static KVARTO_MEMBER void columns(const T* row, Vec* out) {
+    for (int n = 0; n < VECTORS; n += 2) load_pair(row + n * WIDTH, out[n], out[n + 1]);
+  }
+  static KVARTO_MEMBER Vec factor(const float* x) { return set1(*x); }
+};
+// Widened pieces are in column order.
+template <>
+struct Product<float, float> {
+  static constexpr int64_t STEP = 1;
+  using Operand = Vec;
+  static KVARTO_MEMBER void columns(const float* row, Vec* out) {
+    for (int n = 0; n < VECTORS; ++n) out[n] = load(row + n * WIDTH);
+  }
+  static KVARTO_MEMBER Vec factor(const float* x) { return set1(*x); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Product<bf16, bf16> {
+  static constexpr int64_t STEP = 2;
+  using Operand = Pairs;
+  static KVARTO_MEMBER void columns(const bf16* rows, Pairs* out) {
+    for (int n = 0; n < VECTORS; ++n) out[n] = load_pairs(rows + n * 2 * WIDTH);
+  }
+  static KVARTO_MEMBER Pairs factor(const bf16* x) { return set1_pair(x); }
+};
+#endif
+
+// sums[R][PANEL] (+)= x[R][depth] * weight[depth][PANEL]; fetch: the weight is not near yet.
+template <int R, class X, class T>
+KVARTO_INLINE void multiply_rows(const X* x, int64_t x_stride, const T* weight, int64_t depth, bool from_zero,
+                                 bool fetch, float* sums) {
+  using P = Product<X, T>;
   Vec held[R][VECTORS];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < VECTORS; ++n) held[r][n] = from_zero ? zero() : load(sums + r * PANEL + n * WIDTH);
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < depth; k += P::STEP) {
     const T* row = weight + k * PANEL;
-    if (R == 1)
-      for (int64_t byte = 0; byte < PANEL * (int64_t)sizeof(T); byte += 64)
+    if (fetch)
+      for (int64_t byte = 0; byte < P::STEP * PANEL * (int64_t)sizeof(T); byte += 64)
         prefetch((const char*)row + PREFETCH_BYTES + byte);
-    Vec columns[VECTORS], factor[R];
-    load_panel_row(row, columns);
-    for (int r = 0; r < R; ++r) factor[r] = pinned(set1(x[r * x_stride + k]));
+    typename P::Operand columns[VECTORS], factor[R];
+    P::columns(row, columns);
+    for (int r = 0; r < R; ++r) factor[r] = pinned(P::factor(x + r * x_stride + k));
 #pragma GCC unroll 4
     for (int n = 0; n < VECTORS; ++n) {
-      const Vec column = pinned(columns[n]);
+      const auto column = pinned(columns[n]);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) held[r][n] = fma(factor[r], column, held[r][n]);
     }
@@ -52,13 +81,21 @@ KVARTO_INLINE void multiply_rows(const float* x, int64_t x_stride, const T* weig
     for (int n = 0; n < VECTORS; ++n) store(sums + r * PANEL + n * WIDTH, held[r][n]);
 }
 
-template <int R, class T>
-static void multiply_block(int64_t rows, const float* x, int64_t x_stride, const T* weight, int64_t depth,
-                           bool from_zero, float* sums) {
-  for (; rows >= R; rows -= R, x += R * x_stride, sums += R * PANEL)
-    multiply_rows<R>(x, x_stride, weight, depth, from_zero, sums);
-  if constexpr (R > 1) {
-    if (rows > 0) multiply_block<R - 1>(rows, x, x_stride, weight, depth, from_zero, sums);
+// As multiply_rows, of `rows` <= R rows.
+template <int R, class X, class T>
+static void multiply_few(int64_t rows, const X* x, int64_t x_stride, const T* weight, int64_t depth, bool from_zero,
+                         bool fetch, float* sums) {
+  if (rows == R) return multiply_rows<R>(x, x_stride, weight, depth, from_zero, fetch, sums);
+  if constexpr (R > 1) multiply_few<R - 1>(rows, x, x_stride, weight, depth, from_zero, fetch, sums);
+}
+
+// R: most rows that share each load of the weight. Before few are left over, the last of them are halved.
+template <int R, class X, class T>
+static void multiply_block(int64_t rows, const X* x, int64_t x_stride, const T* weight, int64_t depth, bool from_zero,
+                           bool fetch, float* sums) {
+  for (int64_t count; rows > 0; rows -= count, x += count * x_stride, sums += count * PANEL, fetch = false) {
+    count = rows >= 2 * R ? R : rows > R ? (rows + 1) / 2 : rows;
+    multiply_few<R>(count, x, x_stride, weight, depth, from_zero, fetch, sums);
   }
 }
 
@@ -75,27 +112,26 @@ static void write_panel(const KvartoLinear& call, int64_t panel, int64_t m_begin
   }
 }
 
-// scratch: [m_end - m_begin, PANEL] sums, then [DEPTH, PANEL] widened weights.
 template <class T>
-static void panel(const KvartoLinear& call, const float* x, int64_t x_stride, int64_t panel, int64_t m_begin,
-                  int64_t m_end, float* scratch) {
-  const T* weight = (const T*)call.packed + panel * call.k * PANEL;
-  const int64_t rows = m_end - m_begin;
-  float *sums = scratch, *wide = scratch + rows * PANEL;
-  x += m_begin * x_stride;
-  if (rows <= DIRECT_ROWS) {
-    multiply_block<sizeof(T) == 4 ? MAX_LINEAR_ROWS : MAX_DIRECT_LINEAR_ROWS>(rows, x, x_stride, weight, call.k, true, sums);
-  } else {
-    for (int64_t k = 0; k < call.k; k += DEPTH) {
-      const int64_t depth = call.k - k < DEPTH ? call.k - k : DEPTH;
-      for (int64_t i = 0; i < depth; ++i) {
-        Vec columns[VECTORS];
-        load_panel_row(weight + (k + i) * PANEL, columns);
-        for (int n = 0; n < VECTORS; ++n) store(wide + i * PANEL + n * WIDTH, columns[n]);
+static void widen(const T* weight, int64_t depth, bool row_pairs, float* wide) {
+  for (int64_t i = 0; i < depth; i += 1 + row_pairs) {
+    const T* rows = weight + i * PANEL;
+    float* out = wide + i * PANEL;
+    Vec first, second;
+    if (row_pairs)
+      for (int64_t c = 0; c < PANEL; c += WIDTH) {
+        load_pair(rows + 2 * c, first, second);
+        store(out + c, first), store(out + PANEL + c, second);
       }
-      multiply_block<MAX_LINEAR_ROWS>(rows, x + k, x_stride, (const float*)wide, depth, k == 0, sums);
-    }
+    else
+      for (int64_t c = 0; c < PANEL; c += 2 * WIDTH) {
+        load_pair(rows + c, first, second);
+        store(out + c, first), store(out + c + WIDTH, second);
+      }
   }
+}
+
+static void write_panel_as(const KvartoLinear& call, int64_t panel, int64_t m_begin, int64_t rows, const float* sums) {
   switch (call.x_dtype) {
     case KVARTO_BF16: return write_panel<bf16>(call, panel, m_begin, rows, sums);
     case KVARTO_F16: return write_panel<f16>(call, panel, m_begin, rows, sums);
@@ -103,14 +139,52 @@ static void panel(const KvartoLinear& call, const float* x, int64_t x_stride, in
   }
 }
 
+extern const LinearKernels linear_kernels;
+
+// scratch: [m_end - m_begin, PANEL] sums, then [DEPTH, PANEL] widened weights.
+template <class T>
+static void panel(const KvartoLinear& call, const void* all_x, int64_t x_stride, int64_t panel, int64_t m_begin,
+                  int64_t m_end, float* scratch) {
+  const T* weight = (const T*)call.packed + panel * call.k * PANEL;
+  const int64_t rows = m_end - m_begin;
+  const bool row_pairs = packs_row_pairs(linear_kernels, call.weight_dtype, call.k);
+  const float* x = (const float*)all_x + m_begin * x_stride;
+  float *sums = scratch, *wide = scratch + rows * PANEL;
+  if (rows <= DIRECT_ROWS && !row_pairs) {
+    constexpr int R = sizeof(T) == 4 ? MAX_LINEAR_ROWS : MAX_DIRECT_LINEAR_ROWS;
+    multiply_block<R>(rows, x, x_stride, weight, call.k, true, true, sums);
+  } else {
+    for (int64_t k = 0; k < call.k; k += DEPTH) {
+      const int64_t depth = call.k - k < DEPTH ? call.k - k : DEPTH;
+      widen(weight + k * PANEL, depth, row_pairs, wide);
+      multiply_block<MAX_LINEAR_ROWS>(rows, x + k, x_stride, (const float*)wide, depth, k == 0, false, sums);
+    }
+  }
+  write_panel_as(call, panel, m_begin, rows, sums);
+}
+
+#if defined(__AVX512BF16__)
+static void bf16_panel(const KvartoLinear& call, const void* all_x, int64_t x_stride, int64_t panel, int64_t m_begin,
+                       int64_t m_end, float* sums) {
+  const bf16* weight = (const bf16*)call.packed + panel * call.k * PANEL;
+  const bf16* x = (const bf16*)all_x + m_begin * x_stride;
+  for (int64_t k = 0; k < call.k; k += BF16_DEPTH) {
+    const int64_t depth = call.k - k < BF16_DEPTH ? call.k - k : BF16_DEPTH;
+    multiply_block<MAX_LINEAR_ROWS>(m_end - m_begin, x + k, x_stride, weight + k * PANEL, depth, k == 0, true, sums);
+  }
+  write_panel_as(call, panel, m_begin, m_end - m_begin, sums);
+}
+#else
+constexpr decltype(LinearKernels::bf16_panel) bf16_panel = nullptr;
+#endif
+
 template <class T>
 static void to_float(const void* x, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += WIDTH) store_some(out + i, load_some((const T*)x + i, count - i), count - i);
 }
 
-extern const LinearKernels linear_kernels;
 const LinearKernels linear_kernels = {
-    WIDTH, {to_float<float>, to_float<bf16>, to_float<f16>}, {panel<float>, panel<bf16>, panel<f16>}};
+    WIDTH, {to_float<float>, to_float<bf16>, to_float<f16>}, {panel<float>, panel<bf16>, panel<f16>}, bf16_panel};
 
 }  // namespace KVARTO_ISA
 }  // namespace kvarto

@@ -1,5 +1,5 @@
-"""A needle in a haystack: a pass key hidden at some depths in filler text, and asked for at its end. With each
-policy of KV sparsity, how often the greedy answer names it, against keeping the whole cache. Prints JSON lines.
+"""A needle in a haystack: a pass key hidden at some depths in filler text, and asked for at its end. With each policy
+of KV sparsity, how often the greedy answer names it, against keeping the whole cache. Prints JSON lines.
 
 Usage: python tests/benchmarks/needle.py [--policies NAME ...] [--lengths N ...] [--depths N] [--keys N]
                                           [--budget SHARE]

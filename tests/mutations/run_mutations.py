@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TEST = "tests/unit/cluster/test_scheduler_properties.py::TestSchedulerMachine"
+TEST = "tests/unit/cluster/test_scheduler_properties.py"
 LEFT_OUT = (".venv", ".git", ".hypothesis", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "build")
 TIMEOUT_S = 600.0
 EFFORT = {"KVARTO_MACHINE_EXAMPLES": "2000", "KVARTO_MACHINE_SHRINK": "0"}

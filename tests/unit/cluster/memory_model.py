@@ -108,7 +108,6 @@ class MemoryModelRank:
         self._corruption = corruption
         self._sparsity = sparsity
         self._kept_before: dict[int, list[int]] = {}
-        self._suspended: set[int] = set()
         self._move_order = os.environ.get("KVARTO_MOVE_ORDER", ",".join(MOVE_ORDER)).split(",")
 
     def execute(
@@ -136,21 +135,18 @@ class MemoryModelRank:
 
     def _change(self, plan: StepPlan) -> None:
         for fork in plan.forks:
-            if fork.parent_seq_id in self._suspended:
-                self._suspended.add(fork.seq_id)
-                self._kept_before[fork.seq_id] = self._kept_before[fork.parent_seq_id]
-                continue
-            assert self.texts[fork.parent_seq_id].params.beam_width, "parallel samples are siblings"
+            parent = self.texts.get(fork.parent_seq_id)
+            assert parent is None or parent.params.beam_width, "parallel samples are siblings"
             self._fork(fork)
         scored = self._sparsity is not None and self._sparsity.keeps_scores
         assert scored or not plan.suspends, "a sequence is suspended of which the ranks keep nothing"
         for seq_id in plan.suspends:
             self._kept_before[seq_id] = self.texts.pop(seq_id).kept
-            self._suspended.add(seq_id)
+        # A copy of a suspended sequence has no text here, and may end with the plan that makes it.
+        without_text = {*self.held.suspended, *plan.suspends}
+        without_text |= {fork.seq_id for fork in plan.forks if fork.parent_seq_id in self.held.suspended}
         for seq_id in plan.ends:
-            if seq_id in self._suspended:
-                self._suspended.remove(seq_id)
-            else:
+            if seq_id not in without_text:
                 self._kept_before[seq_id] = self.texts.pop(seq_id).kept
         for start in plan.starts:
             self._start(start)
@@ -162,10 +158,13 @@ class MemoryModelRank:
         self.seen["hits"] += start.num_computed_tokens > 0
         self.seen["sparse_swaps"] += start.num_dropped_tokens > 0
         if self._sparsity is not None and self._sparsity.keeps_scores:
-            assert not start.num_computed_tokens or start.seq_id in self._suspended, "rows without their scores"
-        self._suspended.discard(start.seq_id)
+            # `held` has not seen this plan yet.
+            assert not start.num_computed_tokens or start.seq_id in self.held.suspended, "rows without their scores"
 
     def _fork(self, fork: SequenceFork) -> None:
+        if fork.parent_seq_id in self.held.suspended:
+            self._kept_before[fork.seq_id] = self._kept_before[fork.parent_seq_id]
+            return
         self.texts[fork.seq_id] = self.texts[fork.parent_seq_id].fork(fork.seq_index)
 
     # -- moves -----------------------------------------------------------------------------------------------------

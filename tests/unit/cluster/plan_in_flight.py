@@ -28,11 +28,15 @@ class PlanInFlight:
         self.emptied = sources("swap_outs")
         self.emptied_host = sources("disk_stores")
         self.to_host = destinations("swap_outs") | destinations("disk_loads")
-        to_device = destinations("swap_ins") | destinations("copies")
+        self.swapped_in = destinations("swap_ins")
+        to_device = self.swapped_in | destinations("copies")
         self.most_held = len(held.tables) + len(plan.forks)
         before = {seq_id: held.blocks(seq_id) for seq_id in held.tables}
         self.survivors = held.change(plan)
         writes = held.grant(plan)
+        # What sequences that start have computed before.
+        self.found = {(group, block) for start in plan.starts for group, table in enumerate(held.tables[start.seq_id])
+                      for block in table[: -(-start.num_computed_tokens // held.block_size)]}
         self.written = to_device.union(*writes.values()) if writes else to_device
         gained = [blocks - before.get(seq_id, set()) for seq_id, blocks in writes.items()]
         self.gained = to_device.union(*gained) if gained else to_device
@@ -52,7 +56,8 @@ class PlanInFlight:
         return {(group, block) for group, table in enumerate(held.tables[step.seq_id]) for block in table[:num_full]}
 
     def check_against(self, earlier):
-        """What an earlier plan in flight names and nobody owns any more is left alone."""
-        orphaned = earlier.named - self.survivors
+        """What an earlier plan in flight names and nobody owns any more is left alone. A sequence of a group that it
+        swapped in may start later than the others."""
+        orphaned = earlier.named - self.survivors - (earlier.swapped_in & self.found)
         assert not self.written & orphaned - self.emptied, "writes a block of a plan in flight"
         assert not self.to_host & earlier.named_host - self.emptied_host, "writes a host block of a plan in flight"

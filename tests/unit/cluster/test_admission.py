@@ -175,6 +175,12 @@ def test_every_sequence_of_a_group_has_a_window_of_its_own(params):
     assert admit(max_tokens=None, of=pools(sliding(3 * 5 + 4)), **params) == 6 * 8 - 4
 
 
+def test_beside_a_window_sequences_have_room_for_a_prompt_each():
+    """Those that are computed again find the prompt's blocks of the other group, but not what the window has passed."""
+    assert admit(32, max_tokens=None, n=3, of=pools(KVPool(num_blocks=18))) == 8 * 8 - 32
+    assert admit(32, max_tokens=None, n=3, of=pools(KVPool(num_blocks=18), sliding(100))) == 6 * 8 - 32
+
+
 def test_the_tightest_pool_decides():
     of = pools(KVPool(num_blocks=50), sliding(10))
     assert admit(max_tokens=396, of=of) == 396

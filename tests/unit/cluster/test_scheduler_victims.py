@@ -35,6 +35,21 @@ def test_an_urgent_newcomer_preempts(mode):
     check_tokens(world)
 
 
+def test_a_group_that_a_plan_swaps_out_for_others_does_not_come_back_in_it():
+    """The last newcomer leaves a token of the budget, which would do for a group that is more urgent than the one that
+    was swapped out first."""
+    world = World(num_host_blocks=50, budget=10, max_num_seqs=20, preemption_mode="swap")
+    world.add("low", length=3, priority=2, n=3)
+    world.add("middle", length=3, priority=1, n=3)
+    world.step()
+    for name, length in (("a", 20), ("b", 2), ("c", 2), ("d", 2)):
+        world.add(name, length=length, priority=0)
+    world.step()
+    assert (world.preemptions, world.running) == ((2, 0), ["a", "b", "c", "d"])
+    world.finish()
+    check_tokens(world)
+
+
 def test_an_urgent_newcomer_takes_only_what_it_needs():
     world = World(num_blocks=8, num_host_blocks=8, preemption_mode="swap")
     for name in "abc":

@@ -10,7 +10,7 @@ from kvarto.kernels import linear, pack_linear
 
 FLOAT32_UNIT = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(96, 64), (1, 1), (31, 7), (33, 300), (160, 576), (65, 129)]  # (out_features, in_features)
+SHAPES = [(96, 64), (1, 1), (31, 7), (33, 300), (160, 576), (65, 129), (40, 1100)]  # (out_features, in_features)
 
 
 def assert_close_to_float64(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -40,24 +40,27 @@ def test_equals_float64(backend: str, n: int, k: int, with_bias: bool, dtype: to
 
 
 @pytest.mark.usefixtures("backend")
-def test_float32_rows_may_meet_a_16_bit_weight() -> None:
-    weight, x = torch.randn(50, 64).bfloat16(), torch.randn(5, 64)
+@pytest.mark.parametrize("num_rows", [5, 40])
+@pytest.mark.parametrize("k", [64, 129])
+def test_float32_rows_may_meet_a_16_bit_weight(k: int, num_rows: int) -> None:
+    weight, x = torch.randn(50, k).bfloat16(), torch.randn(num_rows, k)
     out = linear(x, pack_linear(weight))
     assert out.dtype == torch.float32
     assert_close_to_float64(x, weight, None, out)
 
 
 @pytest.mark.usefixtures("backend")
-def test_strided_rows_and_weights_are_read_in_place() -> None:
-    weight, x = torch.randn(40, 100)[:, 10:74], torch.randn(6, 90)[:, 20:84]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_rows_and_weights_are_read_in_place(dtype: torch.dtype) -> None:
+    weight, x = torch.randn(40, 100).to(dtype)[:, 10:74], torch.randn(6, 91).to(dtype)[:, 21:85]
     assert_close_to_float64(x, weight, None, linear(x, pack_linear(weight)))
-    columns = torch.randn(64, 40).T
+    columns = torch.randn(64, 40).to(dtype).T
     assert_close_to_float64(x, columns, None, linear(x, pack_linear(columns)))
 
 
 @pytest.mark.usefixtures("native_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k"), [(160, 576), (33, 300)])
+@pytest.mark.parametrize(("n", "k"), [(160, 576), (33, 300), (33, 1100), (33, 129)])
 def test_bits_of_a_row_do_not_depend_on_the_others_or_the_threads(n: int, k: int, dtype: torch.dtype) -> None:
     packed = pack_linear(torch.randn(n, k).to(dtype), torch.randn(n))
     x = torch.randn(401, k).to(dtype)

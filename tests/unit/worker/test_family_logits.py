@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
+from kvarto.kernels.row_reference import ACTIVATIONS
 from kvarto.worker.collectives import SingleRank
 from kvarto.worker.families import FAMILIES, read_model_config
 from kvarto.worker.kv_groups import kv_groups
-from kvarto.worker.mlp import ACTIVATIONS
 from kvarto.worker.weights.safetensors_source import SafetensorsSource
 
 _spec = importlib.util.spec_from_file_location("family_models", Path(__file__).with_name("family_models.py"))

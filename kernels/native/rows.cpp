@@ -1,0 +1,47 @@
+// Shares the tokens of a row op out among threads.
+#include "rows.h"
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "isa.h"
+
+namespace {
+
+constexpr int64_t SERIAL_ELEMENTS = 1 << 14;  // below which waking threads costs more than it saves
+
+template <class Call>
+int32_t run(const Call& call, int64_t elements_per_token, void (*kernel)(const Call&, int64_t, int64_t)) {
+  const int64_t most = call.num_tokens * elements_per_token < SERIAL_ELEMENTS ? 1 : call.num_threads;
+  const int threads = (int)std::max<int64_t>(1, std::min(most, call.num_tokens));
+  if (threads == 1) {
+    kernel(call, 0, call.num_tokens);
+    return KVARTO_OK;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = omp_get_thread_num();
+    kernel(call, call.num_tokens * thread / threads, call.num_tokens * (thread + 1) / threads);
+  }
+  return KVARTO_OK;
+}
+
+const kvarto::RowKernels& kernels(int32_t isa) { return *kvarto::find_isa(isa)->rows; }
+
+}  // namespace
+
+extern "C" {
+
+int32_t kvarto_norm(const KvartoNorm* call) {
+  return run(*call, call->heads * call->dim, kernels(call->isa).norm[call->dtype]);
+}
+
+int32_t kvarto_rotate(const KvartoRotation* call) {
+  return run(*call, call->num_heads * call->head_dim, kernels(call->isa).rotate[call->dtype]);
+}
+
+int32_t kvarto_gate(const KvartoGate* call) {
+  return run(*call, call->dim, kernels(call->isa).gate[call->dtype]);
+}
+}

@@ -1,0 +1,54 @@
+// What a layer does with each token's row by itself: norms, rotary positions, gated activations.
+#pragma once
+
+#include "abi.h"
+
+extern "C" {
+
+// out = norm(x) * weight over the last dim elements; first x += addend, in x's dtype, where there is one.
+// Heads of a token are dense; tokens are x_stride apart in x and in addend.
+struct KvartoNorm {
+  void* x;             // [num_tokens, heads, dim]; written only where there is an addend
+  const void* addend;  // the same shape and stride, or null
+  const void* weight;  // [dim]
+  void* out;           // [num_tokens, heads, dim], contiguous
+  int64_t num_tokens, heads, dim, x_stride;
+  float eps;
+  int32_t plus_one;  // the weight is 1 + weight, and applied before the result is rounded
+  int32_t dtype, isa, num_threads;
+};
+
+// Turns element j of each head with j + num_angles, in place.
+struct KvartoRotation {
+  void* heads;       // [num_tokens, num_heads, head_dim]
+  const float* cos;  // [num_tokens, num_angles]
+  const float* sin;
+  int64_t num_tokens, num_heads, head_dim, num_angles, stride;
+  int32_t dtype, isa, num_threads;
+};
+
+enum { KVARTO_SILU = 0, KVARTO_GELU_TANH, KVARTO_NUM_ACTIVATIONS };
+
+// out = activation(x[:, :dim]) * x[:, dim:]
+struct KvartoGate {
+  const void* x;  // [num_tokens, 2 * dim], contiguous
+  void* out;      // [num_tokens, dim], contiguous
+  int64_t num_tokens, dim;
+  int32_t activation, dtype, isa, num_threads;
+};
+
+int32_t kvarto_norm(const KvartoNorm* call);
+int32_t kvarto_rotate(const KvartoRotation* call);
+int32_t kvarto_gate(const KvartoGate* call);
+}
+
+namespace kvarto {
+
+// Of tokens [begin, end).
+struct RowKernels {
+  void (*norm[KVARTO_NUM_FLOATS])(const KvartoNorm&, int64_t begin, int64_t end);
+  void (*rotate[KVARTO_NUM_FLOATS])(const KvartoRotation&, int64_t begin, int64_t end);
+  void (*gate[KVARTO_NUM_FLOATS])(const KvartoGate&, int64_t begin, int64_t end);
+};
+
+}  // namespace kvarto

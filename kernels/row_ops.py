@@ -1,0 +1,152 @@
+"""What a layer does with each token by itself: norms, rotary positions, gated activations.
+
+On the native backends a token's bits depend on nothing but its own row, and are rounded where Transformers rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import row_reference
+from .backends import backend, native_library, raise_for
+from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check, check_device, check_dtype, dense, token_stride
+from .native.library import NativeGate, NativeNorm, NativeRotation
+
+# Of abi.h; what is not among them is left to torch.
+_NATIVE_ACTIVATIONS = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False, addend: Tensor | None = None) -> Tensor:
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019); the mean is taken in float32.
+
+    Args:
+        x: `[num_tokens, dim]` or `[num_tokens, num_heads, dim]`, float32, bfloat16 or float16; tokens may be any stride
+            apart, heads and elements are dense.
+        weight: `[dim]` of x's dtype.
+        plus_one: multiply by `1 + weight`, before rounding to x's dtype (Gemma); otherwise by `weight` after it.
+        addend: of x's shape, both contiguous: added to x in place first.
+
+    Returns:
+        Of x's shape and dtype, contiguous.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, layout or device.
+    """
+    name = backend(x.device.type)
+    check_dtype("x", x)
+    check_device("x", x, name)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must be [num_tokens, dim] or [num_tokens, num_heads, dim], got {list(x.shape)}")
+    check("weight", weight, x.dtype, x.shape[-1:], x.device)
+    if addend is not None:
+        check("addend", addend, x.dtype, x.shape, x.device)
+        dense(addend, "addend"), dense(x, "x")
+    if name in (REFERENCE, TRITON):
+        return row_reference.rms_norm(x, weight, eps, plus_one, addend)
+    heads = x if x.dim() == 3 else x.unsqueeze(1)
+    stride, out, library = token_stride("x", heads), torch.empty(x.shape, dtype=x.dtype), native_library()
+    call = NativeNorm(
+        x.data_ptr(),
+        None if addend is None else addend.data_ptr(),
+        dense(weight, "weight").data_ptr(),
+        out.data_ptr(),
+        *heads.shape,
+        stride,
+        eps,
+        plus_one,
+        DTYPE_NUMBERS[x.dtype],
+        library.isas[name],
+        torch.get_num_threads(),
+    )
+    raise_for(library.norm(call), 0)
+    return out
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn every head by its token's angles, in float32 and in place: element j with element j + d / 2, for the leading
+    d elements (RoPE, Su et al. 2021, in the rotate-half convention of Hugging Face).
+
+    Args:
+        heads: `[num_tokens, num_heads, head_dim]`, float32, bfloat16 or float16; tokens may be any stride apart.
+        cos, sin: `[num_tokens, d / 2]` float32, contiguous; d at most head_dim.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, layout or device.
+    """
+    name = backend(heads.device.type)
+    check_dtype("heads", heads)
+    check_device("heads", heads, name)
+    if heads.dim() != 3 or cos.dim() != 2 or 2 * cos.shape[1] > heads.shape[2]:
+        raise ValueError(f"heads must be [num_tokens, num_heads, head_dim] and cos [num_tokens, up to head_dim / 2], "
+                         f"got {list(heads.shape)} and {list(cos.shape)}")
+    shape = (heads.shape[0], cos.shape[1])
+    check("cos", cos, torch.float32, shape, heads.device)
+    check("sin", sin, torch.float32, shape, heads.device)
+    dense(cos, "cos"), dense(sin, "sin")
+    stride = token_stride("heads", heads)
+    if name in (REFERENCE, TRITON):
+        row_reference.rotate(heads, cos, sin)
+        return
+    library = native_library()
+    call = NativeRotation(
+        heads.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        *heads.shape,
+        cos.shape[1],
+        stride,
+        DTYPE_NUMBERS[heads.dtype],
+        library.isas[name],
+        torch.get_num_threads(),
+    )
+    raise_for(library.rotate(call), 0)
+
+
+def gated(x: Tensor, activation: str) -> Tensor:
+    """`activation(gate) * up`, each rounded to x's dtype (GLU variants, Shazeer 2020).
+
+    Args:
+        x: `[num_tokens, 2 * dim]`, contiguous, float32, bfloat16 or float16: the gate, then up.
+        activation: one of `row_reference.ACTIVATIONS`.
+
+    Returns:
+        `[num_tokens, dim]` of x's dtype, contiguous.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, layout or device, or an unknown activation.
+    """
+    name = backend(x.device.type)
+    check_dtype("x", x)
+    check_device("x", x, name)
+    if x.dim() != 2 or x.shape[1] % 2:
+        raise ValueError(f"x must be [num_tokens, 2 * dim], got {list(x.shape)}")
+    dense(x, "x")
+    number = _NATIVE_ACTIVATIONS.get(activation)
+    if name in (REFERENCE, TRITON) or number is None:
+        gate, up = x.chunk(2, dim=-1)
+        return activate(gate, activation) * up
+    num_tokens, dim = x.shape[0], x.shape[1] // 2
+    out, library = torch.empty((num_tokens, dim), dtype=x.dtype), native_library()
+    call = NativeGate(
+        x.data_ptr(),
+        out.data_ptr(),
+        num_tokens,
+        dim,
+        number,
+        DTYPE_NUMBERS[x.dtype],
+        library.isas[name],
+        torch.get_num_threads(),
+    )
+    raise_for(library.gate(call), 0)
+    return out
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """`activation` (as in `gated`) of every element. Raises `ValueError` for an unknown one."""
+    if activation not in row_reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(row_reference.ACTIVATIONS)}, got {activation!r}")
+    return row_reference.ACTIVATIONS[activation](x)

@@ -1,0 +1,34 @@
+"""The ops of `row_ops.py` in plain torch, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh}
+"""By the names that Transformers gives them."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool, addend: Tensor | None) -> Tensor:
+    if addend is not None:
+        x.add_(addend)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    # The weight is applied in the dtype that Transformers applies it in.
+    return (wide * (1.0 + weight.float())).to(x.dtype) if plus_one else weight * wide.to(x.dtype)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    turning = heads[..., :2 * cos.shape[-1]]
+    first, second = turning.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turning.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
