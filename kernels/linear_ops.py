@@ -70,7 +70,8 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """`x @ weight.T + bias`, accumulated in float32.
 
     On the native backends every element is summed over in_features in order: the bits of a row do not depend on
-    the other rows nor on the number of threads.
+    the other rows nor on the number of threads. Where AVX512-BF16 multiplies bfloat16 by bfloat16, products are
+    added in pairs, and denormals count as zero.
 
     Args:
         x: `[num_rows, in_features]` float32, bfloat16 or float16, not necessarily the weight's dtype; rows may be

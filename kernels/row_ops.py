@@ -42,7 +42,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False, a
     check("weight", weight, x.dtype, x.shape[-1:], x.device)
     if addend is not None:
         check("addend", addend, x.dtype, x.shape, x.device)
-        dense(addend, "addend"), dense(x, "x")
+        dense(addend, "addend")
+        dense(x, "x")
     if name in (REFERENCE, TRITON):
         return row_reference.rms_norm(x, weight, eps, plus_one, addend)
     heads = x if x.dim() == 3 else x.unsqueeze(1)
@@ -85,7 +86,8 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     shape = (heads.shape[0], cos.shape[1])
     check("cos", cos, torch.float32, shape, heads.device)
     check("sin", sin, torch.float32, shape, heads.device)
-    dense(cos, "cos"), dense(sin, "sin")
+    dense(cos, "cos")
+    dense(sin, "sin")
     stride = token_stride("heads", heads)
     if name in (REFERENCE, TRITON):
         row_reference.rotate(heads, cos, sin)

@@ -135,8 +135,9 @@ struct LinearKernels {
                      int64_t m_end, float* scratch);
 };
 
-// Whether two rows of a packed bf16 weight lie beside each other, column by column: what bf16_panel multiplies.
-inline bool packs_row_pairs(const LinearKernels& kernels, int32_t weight_dtype, int64_t k) {
+// Whether two rows of a packed bf16 weight lie beside each other, column by column: what bf16_panel multiplies. Static: of
+// an inline function the linker keeps one copy, which may be that of an instruction set that is not there.
+static inline bool packs_row_pairs(const LinearKernels& kernels, int32_t weight_dtype, int64_t k) {
   return kernels.bf16_panel && weight_dtype == KVARTO_BF16 && k % 2 == 0;
 }
 

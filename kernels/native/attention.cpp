@@ -11,9 +11,6 @@ namespace kvarto {
 namespace {
 
 constexpr int64_t TARGET_ROWS = 48;  // query rows of a tile: they share each load of K and V
-constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications below which waking threads costs more than it saves
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Job {
   AttentionTile tile;

@@ -15,6 +15,10 @@ struct Isa {
   const ScoreKernels* scores;
 };
 
+constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications below which waking threads costs more than it saves
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Null unless isa was built and this processor runs it.
 const Isa* find_isa(int32_t isa);
 

@@ -13,9 +13,6 @@ namespace {
 
 constexpr int64_t ROW_BLOCK = 192;  // rows of x per widened piece of a panel
 constexpr int64_t WIDENED_FLOATS = 128 * PANEL;  // linear_isa.cpp: DEPTH * PANEL
-constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications below which waking threads costs more than it saves
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where column c of row i lies in a panel; see load_pair in simd_*.inc.
 int64_t place_in_panel(int64_t c, int64_t i, int64_t width, int32_t dtype, bool row_pairs) {

@@ -12,10 +12,7 @@ namespace kvarto {
 namespace {
 
 constexpr int64_t TARGET_ROWS = 48;  // query rows of a tile: they share each load of K
-constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications below which waking threads costs more than it saves
 constexpr int64_t KEPT_FLOATS = 1 << 21;  // scores kept at a time: so many stay in the caches until they are read again
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Grows, never shrinks, so that a step does not pay for fresh pages.
 template <class T>

@@ -233,6 +233,21 @@ def test_as_a_last_resort_rows_are_chosen_again_and_that_is_counted():
     check_tokens(world)
 
 
+def test_while_one_waits_for_the_blocks_of_its_compaction_nobody_behind_it_takes_them():
+    """One block is free, the last in line needs two, and its rows fit the host no more."""
+    world = sparse(num_blocks=7)
+    world.add("a", length=12, max_tokens=30)
+    world.add("b", length=20, max_tokens=30)
+    while len(world.step()) > 1:
+        pass
+    world.add("c", length=4, max_tokens=3)
+    assert world.counts()["free"] == 1
+    assert [name for name, _ in world.step()] == ["a"]
+    assert world.running == ["a", "b"]
+    world.finish()
+    check_tokens(world)
+
+
 @POLICIES
 def test_what_is_computed_again_drops_rows_at_the_same_lengths(policy):
     world = crowded(policy, num_host_blocks=0)
