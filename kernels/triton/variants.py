@@ -203,8 +203,8 @@ def _scores(shape: Shape, config: TileConfig) -> list[Variant]:
     queries_bytes = shape.group * shape.head_dim * ITEM_BYTES[shape.dtype]
     ids_bytes = 4 * (DECODE_ROWS // config.tile_n if shape.block_size % config.tile_n == 0 else DECODE_ROWS)
     lse_bytes = 4 * shape.group * num_splits
-    inputs = dict(query_ptr=shape.dtype, key_ptr=shape.pointer, block_tables_ptr="i32", query_start_loc_ptr="i32",
-                  kv_lens_ptr="i32", num_scored_ptr="i32", lse_ptr="fp32")
+    inputs = dict(query_ptr=shape.dtype, key_ptr=POINTERS.get(shape.cache, shape.dtype), block_tables_ptr="i32",
+                  query_start_loc_ptr="i32", kv_lens_ptr="i32", num_scored_ptr="i32", lse_ptr="fp32")
     scalars: dict[str, str | tuple[str, ...]] = dict(query_stride="i32", block_stride="i32", table_stride="i32",
                                                      scale="fp32")
     constants = dict(GROUP=shape.group, ROWS=SCORED_ROWS, BLOCK_SIZE=shape.block_size,
