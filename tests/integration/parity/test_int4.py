@@ -127,6 +127,7 @@ def simulated(model: Any, output: RequestOutput) -> tuple[torch.Tensor, torch.Te
     pytest.param({"max_num_batched_tokens": 7, "max_num_seqs": 3}, id="small-chunks"),
     pytest.param({"block_size": 16, "enable_prefix_caching": False}, id="larger-blocks"),
     pytest.param({"tensor_parallel_size": 2, "executor": "inline"}, id="tp2"),
+    pytest.param({"tensor_parallel_size": 3, "executor": "inline"}, id="tp3"),
 ])
 def test_log_probabilities_are_those_of_the_definition(
     model: tuple[str, Any], simulation: Simulation, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any],
@@ -156,7 +157,6 @@ def test_log_probabilities_are_those_of_the_definition(
 @pytest.mark.parametrize("options", [
     pytest.param({"max_num_batched_tokens": 5}, id="chunks-within-blocks"),
     pytest.param({"max_num_seqs": 1}, id="one-after-another"),
-    pytest.param({"tensor_parallel_size": 3, "executor": "inline"}, id="tp3"),
 ])
 def test_tokens_depend_on_nothing_else(
     path: str, undisturbed: list[RequestOutput], options: dict[str, Any],
