@@ -140,17 +140,23 @@ def test_log_probabilities_are_those_of_the_definition(
         again = llm.generate(PROMPTS, UNSCORED, use_tqdm=False)
     assert token_ids(again) == token_ids(outputs)
     assert again[-1].num_cached_tokens == (0 if "enable_prefix_caching" in options else 192)
-    errors, gaps, losses = [], [], []
+    size = options.get("block_size", BLOCK_SIZE)
+    exact, errors, gaps, losses = [], [], [], []
     for output in outputs:
         wanted, gap = simulated(oracle, output)
-        errors.append((scores(output) - wanted).abs())
+        difference = (scores(output) - wanted).abs()
+        # Nothing that these see is quantized.
+        exact.append(difference[:size])
+        errors.append(difference[size:])
         gaps.append(gap)
         with monkeypatch.context() as context:
             context.setattr(simulation, "quantizes", False)
-            losses.append((scores(output) - simulated(oracle, output)[0]).abs())
-    # A number that lies between two codes may fall to either, by the last bit of a sum: seldom, and by one step.
-    assert torch.cat(errors).median() < 1e-5
-    assert torch.cat(errors).mean() < torch.cat(losses).mean() / 50
+            losses.append((scores(output) - simulated(oracle, output)[0]).abs()[size:])
+    assert torch.cat(exact).max() < 1e-5
+    # A number halfway between two codes falls to either by the last bit of a sum over ranks or tiles. The errors of N
+    # codes are uniform, sqrt(1/12) of a step each; k codes that fell otherwise are off by a step: sqrt(12 k / N) of
+    # the loss. Sums differ by ~1e-6 of a number, which is up to 15 steps: 3 of N = 10^4 codes is plenty.
+    assert torch.cat(errors).mean() < torch.cat(losses).mean() * (12 * 3 / 10**4) ** 0.5
     assert torch.cat(gaps).max() < 5e-3
 
 
