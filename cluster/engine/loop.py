@@ -121,12 +121,13 @@ class EngineLoop:
             self._transport.wait(max(0.0, self._next_housekeeping_s - self._clock()))
         while self._posted:
             self._posted.popleft()()
-        for owner, message in self._transport.receive():
-            self.last_heard_s = self._clock()
-            self._handle(owner, message)
+        # Before the messages: whoever started a group asks for it at once.
         for index in [index for index, (engine, _) in self._joining.items() if engine.link.connected]:
             self._engines[index], on_ready = self._joining.pop(index)
             on_ready()
+        for owner, message in self._transport.receive():
+            self.last_heard_s = self._clock()
+            self._handle(owner, message)
         for index, engine in list(self._engines.items()):
             news: News = []
             failure = None

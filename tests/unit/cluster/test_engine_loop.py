@@ -259,6 +259,14 @@ def test_a_group_joins_once_its_link_is_connected():
     assert told == ["ready"]
 
 
+def test_a_message_that_comes_with_a_group_finds_it_there():
+    world = fake.World(num_groups=0)
+    world.join(0)
+    world.post(Query(query_id=1, what="info"))
+    reply, = world.of(Reply)
+    assert len(reply.body["info"]) == 1
+
+
 def test_a_group_that_dies_while_joining_is_given_up():
     world = fake.World(num_groups=0)
     engine = world.join(0, connected=False)
