@@ -249,22 +249,7 @@ class BlockSpace:
         """Begin the empty tables of a sequence with the blocks of a match."""
         if not match:
             return
-        for group, (device, host) in enumerate(zip(self.devices, self.hosts, strict=True)):
-            # All are taken before any is given out: an eviction must not take what is about to be used.
-            for places in match:
-                if (place := places[group]) > 0:
-                    device.take(place)
-                    device.count_hit(place)
-                elif place < 0:
-                    host.take(-place)
-            for index, places in enumerate(match):
-                if (place := places[group]) < 0:
-                    places[group] = device.allocate()
-                    self.moves.swap_in(group, -place, places[group])
-                    device.register(places[group], blocks.keys[index], blocks.priority)
-                    host.release(-place, self.moves.step_id)
-            blocks.tables[group].extend(places[group] for places in match)
-        blocks.num_keyed = len(match)
+        self._matcher.attach(blocks, match)
         blocks.num_tokens = blocks.capacity = len(match) * self.block_size
         self.windows.skip(blocks)
         self.live[blocks.seq_id] = blocks

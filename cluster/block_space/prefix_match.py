@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .block_pool import NULL_BLOCK, BlockPool, State
 from .plan_moves import PlanMoves
+from .sequence_blocks import SequenceBlocks
 from .windows import Need, Windows
 
 Match = list[list[int]]
@@ -12,7 +13,7 @@ block where the window of the KV group has passed."""
 
 
 class PrefixMatcher:
-    """Looks keys up in the pools; takes nothing."""
+    """Looks keys up in the pools; only `attach` takes."""
 
     def __init__(
         self, devices: list[BlockPool], hosts: list[BlockPool], moves: PlanMoves, windows: Windows, block_size: int,
@@ -77,3 +78,22 @@ class PrefixMatcher:
     def num_on_host(self, match: Match) -> int:
         """Host blocks of a match, in the KV group that has the most."""
         return max(sum(places[group] < 0 for places in match) for group in range(len(self._hosts)))
+
+    def attach(self, blocks: SequenceBlocks, match: Match) -> None:
+        """Put the blocks of a match into the empty tables of a sequence; those on the host are swapped in."""
+        for group, (device, host) in enumerate(zip(self._devices, self._hosts, strict=True)):
+            # All are taken before any is given out: an eviction must not take what is about to be used.
+            for places in match:
+                if (place := places[group]) > 0:
+                    device.take(place)
+                    device.count_hit(place)
+                elif place < 0:
+                    host.take(-place)
+            for index, places in enumerate(match):
+                if (place := places[group]) < 0:
+                    places[group] = device.allocate()
+                    self._moves.swap_in(group, -place, places[group])
+                    device.register(places[group], blocks.keys[index], blocks.priority)
+                    host.release(-place, self._moves.step_id)
+            blocks.tables[group].extend(places[group] for places in match)
+        blocks.num_keyed = len(match)

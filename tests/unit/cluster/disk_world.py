@@ -24,7 +24,7 @@ def restarted(num_stored=5, num_host_blocks=8, num_blocks=20, disk_capacity=9, *
     world = World(num_blocks, num_host_blocks=num_host_blocks, caching=True, **options, space={
         "disk_capacity": disk_capacity, "stored_keys": KEYS[:num_stored]})
     contents = memory_model.stand_in.chain(STORED)
-    world.rank.disks[0] = {key: contents[8 * i: 8 * i + 8] for i, key in enumerate(KEYS[:num_stored])}
+    world.rank.memory.disks[0] = {key: contents[8 * i: 8 * i + 8] for i, key in enumerate(KEYS[:num_stored])}
     return world
 
 

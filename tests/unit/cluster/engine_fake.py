@@ -136,7 +136,7 @@ class World:
         prefix_keys, keys = PrefixKeys(b"", BLOCK_SIZE), []
         prefix_keys.extend(keys, prefix_keys.root("shared/"), self.disk, len(self.disk))
         contents = memory_model.stand_in.chain(self.disk)
-        link.rank.disks[0] = {key: contents[BLOCK_SIZE * i: BLOCK_SIZE * (i + 1)] for i, key in enumerate(keys)}
+        link.rank.memory.disks[0] = {key: contents[BLOCK_SIZE * i: BLOCK_SIZE * (i + 1)] for i, key in enumerate(keys)}
         return keys
 
     def post(self, *messages, owner=b"a"):

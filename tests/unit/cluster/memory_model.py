@@ -14,19 +14,16 @@ read up to the block of the query; the rest is read in the residual.
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 
 from kvarto.protos.model import KVGroupSpec
-from kvarto.protos.sampling import SamplingParams
 from kvarto.protos.sparsity import KVSparsity
 from kvarto.protos.step import (
     BeamCandidates,
-    BlockMoves,
     PromptLogprobs,
     SampledToken,
     SequenceFailure,
@@ -48,39 +45,11 @@ def _sibling(name: str) -> ModuleType:
 
 
 stand_in, held_sequences = _sibling("stand_in"), _sibling("held_sequences")
+modelled_memory, sequence_text = _sibling("modelled_memory"), _sibling("sequence_text")
+MOVE_ORDER, SequenceText = modelled_memory.MOVE_ORDER, sequence_text.SequenceText
 VOCAB, next_token, generate, search = stand_in.VOCAB, stand_in.next_token, stand_in.generate, stand_in.search
 HeldSequences, moves_of = held_sequences.HeldSequences, held_sequences.moves_of
 moves_by_group, blocks_of = held_sequences.moves_by_group, held_sequences.blocks_of
-
-MOVE_ORDER = ("disk_drops", "disk_stores", "swap_outs", "disk_loads", "swap_ins", "copies")
-"""The contract's. The mutation script changes it (`KVARTO_MOVE_ORDER`) to see that it matters."""
-
-
-class _Text:
-    """What a rank knows of a sequence apart from its blocks."""
-
-    def __init__(self, params: SamplingParams, seq_index: int, num_prompt_tokens: int, tokens: list[int]) -> None:
-        self.params = params
-        self.seq_index = seq_index
-        self.num_prompt_tokens = num_prompt_tokens
-        self.tokens: list[int] = []
-        self.chain: list[int] = []
-        self.failed = False
-        self.kept: list[int] = []
-        """Positions of the rows that the last compaction kept; what was computed since follows."""
-        # One that has generated already has had its prompt's log probabilities sent.
-        self.scored = params.prompt_logprobs is not None and len(tokens) == num_prompt_tokens
-        self.append(tokens)
-
-    def append(self, tokens: Iterable[int]) -> None:
-        tokens = list(tokens)
-        self.tokens += tokens
-        self.chain += stand_in.chain(tokens, *self.chain[-1:])
-
-    def fork(self, seq_index: int) -> _Text:
-        text = _Text(self.params, seq_index, self.num_prompt_tokens, self.tokens)
-        text.kept = self.kept
-        return text
 
 
 class MemoryModelRank:
@@ -99,20 +68,16 @@ class MemoryModelRank:
         self.kv_groups = self.held.kv_groups
         num_groups = len(self.kv_groups)
         self._has_residual = self.kv_groups[-1].residual
-        self.devices, self.hosts = (
-            [[[0] * block_size for _ in range(count + 1)] for count in _per_group(counts, num_groups)]
-            for counts in (num_blocks, num_host_blocks))
-        self.disks: list[dict[bytes, list[int]]] = [{} for _ in range(num_groups)]
-        self.texts: dict[int, _Text] = {}
+        self.texts: dict[int, SequenceText] = {}
         self.seen: Counter[str] = Counter()
-        self._contents: list[dict[bytes, list[int]]] = [{} for _ in range(num_groups)]
         self._rng = rng or random.Random(0)
-        self._disk_capacity = disk_capacity
+        self.memory = modelled_memory.ModelledMemory(
+            block_size, _per_group(num_blocks, num_groups), _per_group(num_host_blocks, num_groups), self._rng,
+            self.seen, disk_capacity=disk_capacity, corruption=corruption)
+        self.devices = self.memory.devices
         self._eos_token_ids = eos_token_ids
-        self._corruption = corruption
         self._sparsity = sparsity
         self._kept_before: dict[int, list[int]] = {}
-        self._move_order = os.environ.get("KVARTO_MOVE_ORDER", ",".join(MOVE_ORDER)).split(",")
 
     def execute(
         self, plan: StepPlan, *, failing: Collection[int] = (), corrupt: Collection[bytes] = ()
@@ -125,8 +90,8 @@ class MemoryModelRank:
         survivors = self.held.change(plan)
         failed_loads: tuple[list[tuple[int, bytes]], ...] = ([], [])
         for group, each in enumerate(moves):
-            self._check_moves(group, each, {block for where, block in survivors if where == group})
-            self._move(group, each, failed_loads, corrupt)
+            self.memory.check(group, each, {block for where, block in survivors if where == group})
+            self.memory.move(group, each, failed_loads, corrupt)
         self._grant(plan)
         result = StepResult(epoch=plan.epoch, step_id=plan.step_id, failed_loads=failed_loads[0])
         self._compute(plan, result)
@@ -156,7 +121,7 @@ class MemoryModelRank:
             self._start(start)
 
     def _start(self, start: SequenceStart) -> None:
-        text = _Text(start.params, start.seq_index, start.num_prompt_tokens, start.token_ids)
+        text = SequenceText(start.params, start.seq_index, start.num_prompt_tokens, start.token_ids)
         assert 0 < start.num_prompt_tokens <= len(text.tokens)
         self.texts[start.seq_id] = text
         self.seen["hits"] += start.num_computed_tokens > 0
@@ -170,64 +135,6 @@ class MemoryModelRank:
             self._kept_before[fork.seq_id] = self._kept_before[fork.parent_seq_id]
             return
         self.texts[fork.seq_id] = self.texts[fork.parent_seq_id].fork(fork.seq_index)
-
-    # -- moves -----------------------------------------------------------------------------------------------------
-
-    def _check_moves(self, group: int, moves: BlockMoves, survivors: set[int]) -> None:
-        """The rule of `BlockMoves`, word for word, as far as a rank can know it. (Which blocks a plan *releases* it
-        cannot: those of an ended sequence may have been free since the last result.)"""
-        swap_outs, swap_ins, copies = dict(moves.swap_outs), dict(moves.swap_ins), moves.copies
-        to_device = [*(new for _, new in moves.swap_ins), *(new for _, new in copies)]
-        to_host = [*(new for _, new in moves.swap_outs), *(new for _, new in moves.disk_loads)]
-        for used, pool in (([*swap_outs, *to_device, *(old for old, _ in copies)], self.devices[group]),
-                           ([*swap_ins, *to_host, *(old for old, _ in moves.disk_stores)], self.hosts[group])):
-            assert all(1 <= block < len(pool) for block in used), "a block id is out of range"
-        assert len(set(to_device)) == len(to_device), "a device block is brought two contents"
-        assert len(set(to_host)) == len(to_host), "a host block is brought two contents"
-        read = survivors.union(old for old, _ in copies)
-        assert not read & set(to_device), "a plan overwrites a device block that it reads"
-        assert not swap_ins.keys() & set(to_host), "a plan overwrites a host block that it reads"
-
-    def _move(
-        self, group: int, moves: BlockMoves, failed: tuple[list[tuple[int, bytes]], ...], corrupt: Collection[bytes],
-    ) -> None:
-        """All moves of a KV group, those of one kind in any order. Adds to the loads that failed on each rank."""
-        device, host = self.devices[group], self.hosts[group]
-        for kind in self._move_order:
-            for move in self._rng.sample(getattr(moves, kind), len(getattr(moves, kind))):
-                self.seen[kind] += 1
-                if kind == "disk_drops":
-                    self.disks[group].pop(move, None)
-                elif kind == "disk_stores":
-                    self._store(group, *move)
-                elif kind == "disk_loads":
-                    self._load(group, *move, failed, corrupt)
-                else:
-                    source = host if kind == "swap_ins" else device
-                    target = host if kind == "swap_outs" else device
-                    target[move[1]] = list(source[move[0]])
-        assert len(self.disks[group]) <= self._disk_capacity, "the disk tier is over its capacity"
-
-    def _store(self, group: int, block: int, key: bytes) -> None:
-        contents = list(self.hosts[group][block])
-        assert all(contents), "a block with an unwritten slot falls to disk"
-        assert self._contents[group].setdefault(key, contents) == contents, "a key has two contents"
-        self.disks[group][key] = contents
-
-    def _load(
-        self, group: int, key: bytes, block: int, failed: tuple[list[tuple[int, bytes]], ...],
-        corrupt: Collection[bytes],
-    ) -> None:
-        disk = self.disks[group]
-        bad = [key not in disk or self._rng.random() < self._corruption for _ in failed]
-        bad[1] |= key in corrupt
-        for rank, is_bad in enumerate(bad):
-            if is_bad:
-                failed[rank].append((group, key))
-        self.hosts[group][block] = [0] * self.block_size if any(bad) else list(disk[key])
-        if any(bad):
-            self.seen["failed_loads"] += 1
-            disk.pop(key, None)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 

@@ -136,7 +136,8 @@ def test_the_files_of_a_failed_request_go_from_every_rank_though_nobody_else_com
     world.result(failing=failing(world, "a"))
     assert (world.schedule(), world.moves.disk_drops) == ([], disk_world.KEYS)
     world.result()
-    assert (world.rank.disks[0], world.counts(), world.counts(world.space.hosts[0])) == ({}, {"free": 20}, {"free": 8})
+    assert world.rank.memory.disks[0] == {}
+    assert (world.counts(), world.counts(world.space.hosts[0])) == ({"free": 20}, {"free": 8})
 
 
 def test_what_a_running_request_shares_with_a_failed_one_stays_on_the_device_alone():

@@ -20,14 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvarto.cluster.admission import check
-from kvarto.cluster.block_space import BlockSpace
 from kvarto.cluster.policies import Costs
-from kvarto.cluster.scheduler import Scheduler, SchedulerLimits
 from kvarto.protos.errors import InvalidRequestError
-from kvarto.protos.model import KVGroupSpec
 from kvarto.protos.request import AddRequest, EngineInfo, KVPool
 from kvarto.protos.sampling import SamplingParams
-from kvarto.protos.sparsity import KVSparsity
 from kvarto.protos.step import StepPlan
 
 
@@ -42,6 +38,7 @@ def _sibling(name):
 memory_model, expected_request, plan_in_flight = map(_sibling, ("memory_model", "expected_request", "plan_in_flight"))
 Expected, REACHED, EOS = expected_request.Expected, expected_request.REACHED, expected_request.EOS
 PlanInFlight = plan_in_flight.PlanInFlight
+world = _sibling("machine_world")
 
 OWNER = b"frontend"
 MAX_MODEL_LEN = 100
@@ -55,80 +52,6 @@ COUNTING = [10 + i % 30 for i in range(48)]
 BASES = [COUNTING, COUNTING[:24] + COUNTING[10:34], [9] * 16 + COUNTING[16:], [7] * 48]
 """Prompts begin like one of these: with common prefixes, with equal blocks after different prefixes, and with blocks
 that repeat."""
-
-FULL = KVGroupSpec(layer_ids=(0,))
-RESIDUAL = KVGroupSpec(layer_ids=(0, 1, 2), residual=True)
-
-
-def make_scheduler(config, stored_keys, orphaned_keys):
-    """The real thing, from the machine's configuration: the only place that knows the constructors. `stored_keys`: what
-    the disk tier holds from before, `orphaned_keys`: what it holds for some KV groups only."""
-    space = BlockSpace(
-        config["kv_groups"], config["num_blocks"], config["block_size"], num_host_blocks=config["num_host_blocks"],
-        enable_prefix_caching=config["caching"], hash_key=b"k" * 16, eviction_policy=config["eviction"],
-        disk_capacity=config["disk_capacity"], stored_keys=stored_keys, orphaned_keys=orphaned_keys,
-        sparsity=config["sparsity"])
-    scheduler = Scheduler(
-        space, SchedulerLimits(config["max_num_seqs"], config["budget"]), epoch=7, eos_token_ids=frozenset({EOS}),
-        num_ranks=2, preemption_mode=config["mode"], victim_policy=config["victim"],
-        watermark_policy=config["watermark"], costs=config["costs"])
-    return space, scheduler
-
-
-def _add_pools(config):
-    """The KV groups, and how many blocks each has: the pool of a window, or of a residual, may be just large enough for
-    `num_seats`."""
-    window = KVGroupSpec(layer_ids=(1,), window=config.pop("window"), num_sinks=config.pop("num_sinks"))
-    other = KVGroupSpec(layer_ids=(2,), window=2 * window.window + 3)
-    # Where no query of any layer sees a token before its own, every prompt would begin with a hit on nothing.
-    alone = window if window.window > 1 else other
-    groups = config["kv_groups"] = {"full": [FULL], "full and window": [FULL, window], "window": [alone],
-                                    "two windows": [window, other], "residual": [FULL, RESIDUAL],
-                                    "window and residual": [alone, RESIDUAL],
-                                    "full, window and residual": [FULL, window, RESIDUAL]}[config.pop("layout")]
-    num_seats, num_blocks, num_host_blocks = (config[key] for key in ("num_seats", "num_blocks", "num_host_blocks"))
-    config["num_blocks"] = [
-        num_blocks if group is FULL or not num_seats else enough_blocks(group, config, num_seats) for group in groups]
-    config["num_host_blocks"] = [
-        num_host_blocks if group is FULL or not num_seats else (num_host_blocks + 1) // 2 for group in groups]
-
-
-def _add_sparsity(config):
-    """What is dropped, and what does not go with that."""
-    policy, budget, interval, window, has_host = (
-        config.pop(key) for key in ("policy", "kept", "interval", "observed", "has_host"))
-    config["sparsity"] = policy and KVSparsity(
-        policy=policy, budget=budget, interval=interval, window=window if policy == "snapkv" else 1)
-    if policy:
-        config["layout"], config["disk_capacity"] = "full", 0
-        config["num_host_blocks"] *= has_host
-        # So few rows are short of blocks in small pools only.
-        config["num_blocks"] = min(config["num_blocks"], 10)
-        config["mode"] = "auto" if config["mode"] == "recompute" else config["mode"]
-
-
-def enough_blocks(group, config, num_seqs):
-    """What a pool never needs more than, by what `KVGroupSpec` says of its window."""
-    size = config["block_size"]
-    if group.residual:
-        # A block of each sequence, of which one may go on in the middle of its own with all of a step's tokens.
-        return num_seqs + -(-(config["budget"] - 1) // size)
-    if group.window is None:
-        return 10**9
-    return num_seqs * (-(-group.window // size) + -(-group.num_sinks // size) + 2) + -(-config["budget"] // size)
-
-
-def num_used(space):
-    """Blocks on device and host that are neither free nor cached."""
-    return sum(pool.num_blocks - pool.num_available() for pool in (*space.devices, *space.hosts))
-
-
-def give(scheduler, result):
-    """A rank's result to the scheduler; returns the deltas."""
-    if result.rank:
-        scheduler.answered(result)
-        return []
-    return scheduler.update(result)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -159,13 +82,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             depth, config["max_num_seqs"], config["budget"] = 2, 8, max(20, config["budget"])
         if not self.is_sparse:
             config["policy"] = None
-        _add_sparsity(config)
+        world.add_sparsity(config)
         if not config["caching"] or not config["num_host_blocks"]:
             config["disk_capacity"] = 0
         if not config["num_host_blocks"] and config["mode"] == "swap":
             config["mode"] = "auto"
-        _add_pools(config)
-        self.config = config | {"costs": Costs(block_copy_s=block_copy_s, prefill_token_s=1e-3)}
+        world.add_pools(config)
+        self.config = config | {
+            "costs": Costs(block_copy_s=block_copy_s, prefill_token_s=1e-3), "eos": EOS}
         self.block_size, self.caching, self.depth = config["block_size"], config["caching"], depth
         pools = [KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks, residual=group.residual)
                  for count, group in zip(config["num_blocks"], config["kv_groups"], strict=True)]
@@ -238,7 +162,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_restarts += 1
         REACHED.update(self.rank.seen)
         REACHED["restarts"] += 1
-        self._start_all(self.rank.disks)
+        self._start_all(self.rank.memory.disks)
         for request_id, request in self.requests.items():
             if not request.over:
                 request.hand_over()
@@ -337,7 +261,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         except InvalidRequestError:
             blocks = self._most_blocks(len(prompt), params.max_tokens)
             fits = all(pool.num_blocks >= min(
-                params.num_sequences * blocks, enough_blocks(pool, self.config, params.num_sequences))
+                params.num_sequences * blocks, world.enough_blocks(pool, self.config, params.num_sequences))
                 for pool in self.info.kv_pools)
             assert (
                 not fits or params.num_sequences > self.info.max_num_seqs
@@ -376,13 +300,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         config = self.config
         stored = [disk for disk, group in zip(disks, config["kv_groups"], strict=True) if not group.residual]
         everywhere = set.intersection(*map(set, stored))
-        self.space, self.scheduler = make_scheduler(
+        self.space, self.scheduler = world.make_scheduler(
             config, [key for key in stored[0] if key in everywhere], sorted(set().union(*stored) - everywhere))
         self.rank = memory_model.MemoryModelRank(
             self.block_size, config["num_blocks"], config["num_host_blocks"], self.rng,
             kv_groups=config["kv_groups"], disk_capacity=config["disk_capacity"], eos_token_ids=(EOS,),
             corruption=config["corruption"], sparsity=config["sparsity"])
-        self.rank.disks = [dict(disk) for disk in disks]
+        self.rank.memory.disks = [dict(disk) for disk in disks]
         self.held = memory_model.HeldSequences(self.block_size, config["kv_groups"])
         self.in_flight: deque[PlanInFlight] = deque()
         self.late: deque = deque()
@@ -393,7 +317,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.idle = 0
 
     def _take(self, result):
-        for group, delta in give(self.scheduler, result):
+        for group, delta in world.give(self.scheduler, result):
             assert delta.request_id == group.request.request_id
             request = self.requests[delta.request_id]
             self.idle = 0
@@ -424,7 +348,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.started |= starts
 
     def _check_the_end(self):
-        assert num_used(self.space) == 0, "blocks of sequences that are gone"
+        assert world.num_used(self.space) == 0, "blocks of sequences that are gone"
         for request_id, request in self.requests.items():
             assert request.over, f"request {request_id} never ended"
 
