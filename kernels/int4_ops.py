@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from . import reference
-from .backends import backend, native_library, raise_for, triton_launch
+from .backends import backend, native_library, triton_launch
 from .checks import DTYPE_NUMBERS, INT4_NUMBER, REFERENCE, TRITON, check, checked_residual, dense
-from .native.library import native_cache
+from .native.library import NativeQuantization, native_cache
+from .recording import submit
 
 
 def quantize_blocks(
@@ -49,8 +48,7 @@ def quantize_blocks(
         launch.quantize_blocks(source, residual_blocks, launch.LayerCache.int4(cache, layer, source), blocks)
         return
     library = native_library()
-    detail = ctypes.c_int64()
-    status = library.quantize_blocks(
+    call = NativeQuantization(
         native_cache(residual, shape, DTYPE_NUMBERS[residual.dtype]),
         native_cache(cache, shape, INT4_NUMBER),
         residual_blocks.data_ptr(),
@@ -60,6 +58,5 @@ def quantize_blocks(
         layer,
         library.isas[name],
         torch.get_num_threads(),
-        detail,
     )
-    raise_for(status, detail.value)
+    submit(library.quantize_blocks, call)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import backend, native_library, raise_for
+from .backends import backend, native_library
 from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check, check_device, check_dtype
 from .native.library import NativeLinear
+from .recording import empty, submit
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     if x.stride(1) != 1 and x.numel() > 0:
         raise ValueError(f"x must have dense rows, got strides {x.stride()}")
     library = native_library()
-    out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
+    out = empty((x.shape[0], packed.out_features), x.dtype)
     call = NativeLinear(
         x.data_ptr(),
         packed.data.data_ptr(),
@@ -112,5 +113,5 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
         library.isas[packed.backend],
         torch.get_num_threads(),
     )
-    raise_for(library.linear(call), 0)
+    submit(library.linear, call)
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import backend, native_library, raise_for, triton_launch
+from .backends import backend, native_library, triton_launch
 from .checks import (
     CACHE_DTYPE_NUMBERS,
     DTYPE_NUMBERS,
@@ -33,7 +32,8 @@ from .checks import (
     token_stride,
 )
 from .mask import CAUSAL, FarSinks, Mask, Residual
-from .native.library import NativeAttention, NativeBlockCopy, NativeCache, native_cache
+from .native.library import NativeAttention, NativeBlockCopy, NativeCache, NativeCacheWrite, native_cache
+from .recording import empty, submit
 
 # Wider than any sequence is long: the kernels know no other absence of a window.
 NO_WINDOW = 2**31
@@ -74,8 +74,7 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
         launch.write_kv(key, value, launch.LayerCache.of(cache, layer), dense(slot_mapping, "slot_mapping"))
         return
     library = native_library()
-    detail = ctypes.c_int64()
-    status = library.write_kv(
+    call = NativeCacheWrite(
         native_cache(cache, shape, CACHE_DTYPE_NUMBERS[cache.dtype]),
         key.data_ptr(),
         value.data_ptr(),
@@ -87,9 +86,8 @@ def write_kv(key: Tensor, value: Tensor, cache: Tensor, layer: int, slot_mapping
         DTYPE_NUMBERS[key.dtype],
         library.isas[name],
         torch.get_num_threads(),
-        detail,
     )
-    raise_for(status, detail.value)
+    submit(library.write_kv, call)
 
 
 def copy_blocks(source: Tensor, destination: Tensor, pairs: list[tuple[int, int]] | npt.NDArray[np.int64]) -> None:
@@ -134,8 +132,7 @@ def copy_blocks(source: Tensor, destination: Tensor, pairs: list[tuple[int, int]
         destination.stride(0) * item_bytes,
         torch.get_num_threads(),
     )
-    detail = ctypes.c_int64()
-    raise_for(native_library().copy_blocks(call, detail), detail.value)
+    submit(native_library().copy_blocks, call)
 
 
 def paged_attention(
@@ -203,15 +200,14 @@ def paged_attention(
             rows = launch.LayerCache.int4(cache, layer, launch.LayerCache.of(residual.cache, residual.layer))
         attended: Tensor = launch.paged_attention(query, rows, *ragged, scale, mask, far_sinks, residual=residual)
         return attended
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    library, detail = native_library(), ctypes.c_int64()
+    out, library = empty(query.shape, query.dtype), native_library()
     number = CACHE_DTYPE_NUMBERS[cache.dtype] if residual is None else INT4_NUMBER
     call = native_attention(query, native_cache(cache, shape, number), layer, ragged, scale, mask, far_sinks, out)
     if residual is not None:
         call.residual = native_cache(residual.cache, shape, CACHE_DTYPE_NUMBERS[residual.cache.dtype])
         call.residual_tables, call.residual_layer = residual.block_tables.data_ptr(), residual.layer
     call.isa = library.isas[name]
-    raise_for(library.paged_attention(call, detail), detail.value)
+    submit(library.paged_attention, call)
     return out
 
 

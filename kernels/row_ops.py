@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from . import row_reference
-from .backends import backend, native_library, raise_for
+from .backends import backend, native_library
 from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check, check_device, check_dtype, dense, token_stride
 from .native.library import NativeGate, NativeNorm, NativeRotation
+from .recording import empty, submit
 
 # Of abi.h; what is not among them is left to torch.
 _NATIVE_ACTIVATIONS = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1}
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False, addend: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False, addend: Tensor | None = None,
+             out: Tensor | None = None) -> Tensor:
     """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019); the mean is taken in float32.
 
     Args:
@@ -26,9 +28,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False, a
         weight: `[dim]` of x's dtype.
         plus_one: multiply by `1 + weight`, before rounding to x's dtype (Gemma); otherwise by `weight` after it.
         addend: of x's shape, both contiguous: added to x in place first.
+        out: where to write; of x's shape and dtype and laid out as x may be; may be x itself, but not overlap it
+            otherwise. Default: new memory, contiguous.
 
     Returns:
-        Of x's shape and dtype, contiguous.
+        `out`.
 
     Raises:
         TypeError: a wrong dtype.
@@ -44,24 +48,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False, a
         check("addend", addend, x.dtype, x.shape, x.device)
         dense(addend, "addend")
         dense(x, "x")
+    if out is not None:
+        check("out", out, x.dtype, x.shape, x.device)
     if name in (REFERENCE, TRITON):
-        return row_reference.rms_norm(x, weight, eps, plus_one, addend)
-    heads = x if x.dim() == 3 else x.unsqueeze(1)
-    stride, out, library = token_stride("x", heads), torch.empty(x.shape, dtype=x.dtype), native_library()
+        normed = row_reference.rms_norm(x, weight, eps, plus_one, addend)
+        return normed if out is None else out.copy_(normed)
+    if out is None:
+        out = empty(x.shape, x.dtype)
+    heads, out_heads = (each if each.dim() == 3 else each.unsqueeze(1) for each in (x, out))
+    library = native_library()
     call = NativeNorm(
         x.data_ptr(),
         None if addend is None else addend.data_ptr(),
         dense(weight, "weight").data_ptr(),
         out.data_ptr(),
         *heads.shape,
-        stride,
+        token_stride("x", heads),
+        token_stride("out", out_heads),
         eps,
         plus_one,
         DTYPE_NUMBERS[x.dtype],
         library.isas[name],
         torch.get_num_threads(),
     )
-    raise_for(library.norm(call), 0)
+    submit(library.norm, call)
     return out
 
 
@@ -104,7 +114,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
         library.isas[name],
         torch.get_num_threads(),
     )
-    raise_for(library.rotate(call), 0)
+    submit(library.rotate, call)
 
 
 def gated(x: Tensor, activation: str) -> Tensor:
@@ -132,7 +142,7 @@ def gated(x: Tensor, activation: str) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return activate(gate, activation) * up
     num_tokens, dim = x.shape[0], x.shape[1] // 2
-    out, library = torch.empty((num_tokens, dim), dtype=x.dtype), native_library()
+    out, library = empty((num_tokens, dim), x.dtype), native_library()
     call = NativeGate(
         x.data_ptr(),
         out.data_ptr(),
@@ -143,7 +153,7 @@ def gated(x: Tensor, activation: str) -> Tensor:
         library.isas[name],
         torch.get_num_threads(),
     )
-    raise_for(library.gate(call), 0)
+    submit(library.gate, call)
     return out
 
 

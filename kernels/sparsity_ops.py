@@ -6,13 +6,11 @@ et al. 2024) looks at the newest query alone. Which rows to keep then is the cal
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from . import sparsity_reference
-from .backends import backend, native_library, raise_for, triton_launch
+from .backends import backend, native_library, triton_launch
 from .checks import (
     CACHE_DTYPE_NUMBERS,
     REFERENCE,
@@ -27,6 +25,7 @@ from .checks import (
 from .mask import Mask
 from .native.library import NativeCompaction, NativeScores, native_cache
 from .ops import native_attention
+from .recording import submit
 
 
 def attention_scores(
@@ -76,12 +75,12 @@ def attention_scores(
         received: Tensor = launch.attention_scores(query, cache, layer, *ragged, num_scored, scale, soft_cap)
         return received
     out = torch.zeros(kv_lens.numel(), shape.num_kv_heads, block_tables.shape[1] * shape.block_size)
-    library, detail = native_library(), ctypes.c_int64()
+    library = native_library()
     source = native_cache(cache, shape, CACHE_DTYPE_NUMBERS[cache.dtype])
     attention = native_attention(query, source, layer, ragged, scale, mask, None, out)
     attention.isa = library.isas[name]
     call = NativeScores(attention=attention, num_scored=num_scored.data_ptr(), out=out.data_ptr())
-    raise_for(library.attention_scores(call, detail), detail.value)
+    submit(library.attention_scores, call)
     return out
 
 
@@ -133,5 +132,4 @@ def compact_rows(
         layer,
         torch.get_num_threads(),
     )
-    detail = ctypes.c_int64()
-    raise_for(native_library().compact_rows(call, detail), detail.value)
+    submit(native_library().compact_rows, call)

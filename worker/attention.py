@@ -54,7 +54,8 @@ class Attention:
         qkv = linear(x, self.qkv).view(x.shape[0], num_heads + 2 * num_kv_heads, self.head_dim)
         qk, value = qkv[:, :num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads:]
         if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat((self.q_norm(qk[:, :num_heads]), self.k_norm(qk[:, num_heads:])), dim=1)
+            for norm, heads in ((self.q_norm, qk[:, :num_heads]), (self.k_norm, qk[:, num_heads:])):
+                norm(heads, out=heads)
         far_sinks = None
         if (far_angles := far[self.group]) is not None:
             far_query = qk[:, :num_heads].clone()

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from ..kernels import Mask, linear, pack_linear
+from ..kernels import Mask, NotRecordableError, linear, pack_linear
 from ..protos.model import ModelConfig
 from .attention import Attention
 from .batch import ForwardBatch
 from .collectives import Communicator
-from .far_sinks import FarSinkRule
+from .far_sinks import FarAngles, FarSinkRule
 from .kv_groups import block_bytes, cache_shape, kv_groups
 from .layout import TPLayout
 from .mlp import Experts, Mlp
 from .norms import Norm
 from .observer import Observer
-from .rope import rotary_tables
+from .recorded_layers import RecordedLayers
+from .rope import Angles, rotary_tables
 from .shard import ShardReader
 from .weights import WeightSource
 
 __all__ = ["Decoder", "block_bytes", "cache_shape", "kv_groups"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class Decoder:
         self.kv_groups = kv_groups(config, max_model_len, kv_cache_dtype)
         self._far_sinks = [FarSinkRule.of(config, group) for group in self.kv_groups]
         self._comm = comm
+        self._recorded: RecordedLayers | None = None
+        self._recorded_caches: list[torch.Tensor] = []
         self._embedding = shard.rows("embedding")
         self._embedding_scale = config.hidden_size**0.5 if shard.family.scales_embedding else None
         self._parallel = shard.family.parallel
@@ -88,8 +94,8 @@ class Decoder:
     def forward(self, batch: ForwardBatch, caches: list[torch.Tensor], observer: Observer | None = None,
                 ) -> torch.Tensor:
         """Run the batch, writing its K and V into `caches` (one per KV group, `cache_shape`). Returns
-        `[T, hidden_size]` in the model's dtype, the final norm applied; the same on every rank. An inference tensor.
-        `observer` looks at the attention of every layer.
+        `[T, hidden_size]` in the model's dtype, the final norm applied; the same on every rank. An inference tensor,
+        which the next call may overwrite. `observer` looks at the attention of every layer.
 
         Raises `UnavailableError` when another rank is gone.
         """
@@ -97,6 +103,31 @@ class Decoder:
         angles = [(cos[batch.positions], sin[batch.positions]) for cos, sin in self._rotary]
         far = [None if rule is None else rule.angles(self._rotary[0], batch.positions) for rule in self._far_sinks]
         x = self._embed(batch.token_ids, batch.positions)
+        if self._recorded is not None and observer is None and caches is self._recorded_caches:
+            return self._recorded.run(x, angles, batch)
+        return self._run_layers(x, angles, far, batch, caches, observer)
+
+    @torch.inference_mode()
+    def record(self, caches: list[torch.Tensor], max_num_tokens: int) -> None:
+        """Let `forward` run the layers as one native call for these very caches and up to `max_num_tokens` tokens,
+        where they are native ops only; otherwise they go on op by op, and the log says why."""
+        def run_layers(x: torch.Tensor, angles: list[Angles], batch: ForwardBatch) -> torch.Tensor:
+            return self._run_layers(x, angles, far, batch, caches, None)
+
+        far = [None if rule is None else rule.angles(self._rotary[0], torch.zeros(max_num_tokens, dtype=torch.int64))
+               for rule in self._far_sinks]
+        try:
+            self._recorded = RecordedLayers(
+                run_layers, self.config.hidden_size, [cos.shape[1] for cos, _ in self._rotary], len(self.kv_groups),
+                max_num_tokens, self._embedding.dtype, has_residual=self.kv_groups[-1].residual)
+        except NotRecordableError as error:
+            logger.info("the layers run op by op, not as one native call: %s", error)
+            return
+        self._recorded_caches = caches
+        logger.info("the layers run as one native call of %d ops", self._recorded.num_ops)
+
+    def _run_layers(self, x: torch.Tensor, angles: list[Angles], far: list[FarAngles | None], batch: ForwardBatch,
+                    caches: list[torch.Tensor], observer: Observer | None) -> torch.Tensor:
         # What is to be added to x is added by the norm that comes next, on its one way through the row.
         addend: torch.Tensor | None = None
         for layer in self._layers:

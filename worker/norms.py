@@ -20,10 +20,12 @@ class Norm:
     bias: torch.Tensor | None
     eps: float
 
-    def __call__(self, x: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
-        """`addend`: added to `x` in place first; both contiguous then."""
+    def __call__(self, x: torch.Tensor, addend: torch.Tensor | None = None, *, out: torch.Tensor | None = None,
+                 ) -> torch.Tensor:
+        """`addend`: added to `x` in place first; both contiguous then. `out`: where to write; may be `x`."""
         if self.kind != "layer":
-            return rms_norm(x, self.weight, self.eps, plus_one=self.kind == "rms_plus_one", addend=addend)
+            return rms_norm(x, self.weight, self.eps, plus_one=self.kind == "rms_plus_one", addend=addend, out=out)
         if addend is not None:
             x.add_(addend)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        normed = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return normed if out is None else out.copy_(normed)

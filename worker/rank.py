@@ -89,6 +89,8 @@ class Rank:
                 kv_dtype(group, self._dtype, config.kv_cache_dtype), self._device)
             for group, count in zip(self._decoder.kv_groups, num_blocks, strict=True)]
         self._mover = BlockMover(self._caches, num_host_blocks, self._disk)
+        if backend(self._device.type).startswith("native"):
+            self._decoder.record(self._caches, config.max_num_batched_tokens)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:

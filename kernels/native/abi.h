@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define KVARTO_ABI_VERSION 7
+#define KVARTO_ABI_VERSION 8
 
 // The first KVARTO_NUM_FLOATS are those of activations and weights; the rest, of codes in a cache, have scales.
 enum KvartoDtype : int32_t {
@@ -64,6 +64,25 @@ struct KvartoAttention {
   int32_t dtype, isa, num_threads;
 };
 
+// Token t's K and V, [num_kv_heads, head_dim] of dtype, key_stride and value_stride elements apart, into a slot.
+struct KvartoCacheWrite {
+  KvartoCache cache;
+  const void* key;
+  const void* value;
+  const int64_t* slot_mapping;  // [num_tokens]
+  int64_t num_tokens, key_stride, value_stride, layer;
+  int32_t dtype, isa, num_threads;
+};
+
+// Blocks of a layer of the residual, into those of an int4 cache.
+struct KvartoQuantization {
+  KvartoCache residual, cache;
+  const int64_t* residual_blocks;  // [num_blocks]
+  const int64_t* blocks;           // [num_blocks]
+  int64_t num_blocks, residual_layer, layer;
+  int32_t isa, num_threads;
+};
+
 // x [m, k] of x_dtype with rows x_stride elements apart; packed holds [n, k] of weight_dtype.
 struct KvartoLinear {
   const void* x;
@@ -84,6 +103,15 @@ struct KvartoBlockCopy {
   int64_t source_stride, destination_stride;
   int32_t num_threads;
 };
+
+// Every op returns a KvartoStatus. `detail`: see there.
+extern "C" {
+int32_t kvarto_write_kv(const KvartoCacheWrite* call, int64_t* detail);
+int32_t kvarto_quantize_blocks(const KvartoQuantization* call, int64_t* detail);
+int32_t kvarto_paged_attention(const KvartoAttention* call, int64_t* detail);
+int32_t kvarto_linear(const KvartoLinear* call, int64_t* detail);
+int32_t kvarto_copy_blocks(const KvartoBlockCopy* call, int64_t* detail);
+}
 
 namespace kvarto {
 

@@ -28,10 +28,11 @@ struct RowWriter {
 
 }  // namespace
 
-extern "C" int32_t kvarto_write_kv(const KvartoCache* cache, const void* key, const void* value,
-                                   const int64_t* slot_mapping, int64_t num_tokens, int64_t key_stride,
-                                   int64_t value_stride, int64_t layer, int32_t dtype, int32_t isa,
-                                   int32_t num_threads, int64_t* detail) {
+extern "C" int32_t kvarto_write_kv(const KvartoCacheWrite* call, int64_t* detail) {
+  const KvartoCache* cache = &call->cache;
+  const int64_t* slot_mapping = call->slot_mapping;
+  const int64_t num_tokens = call->num_tokens;
+  const int32_t dtype = call->dtype, num_threads = call->num_threads;
   const int64_t size = kvarto::element_size(dtype), row = cache->head_dim * size;
   const int64_t head = kvarto::head_bytes(*cache), side = cache->num_kv_heads * head;
   const int64_t block = cache->num_layers * 2 * side, num_slots = cache->num_blocks * cache->block_size;
@@ -40,15 +41,15 @@ extern "C" int32_t kvarto_write_kv(const KvartoCache* cache, const void* key, co
       *detail = t;
       return KVARTO_BAD_SLOT;
     }
-  const RowWriter write{*cache, dtype, kvarto::find_isa(isa)->linear->to_float[dtype]};
-  char* data = (char*)cache->data + layer * 2 * side;
+  const RowWriter write{*cache, dtype, kvarto::find_isa(call->isa)->linear->to_float[dtype]};
+  char* data = (char*)cache->data + call->layer * 2 * side;
   const bool parallel = num_threads > 1 && num_tokens * cache->num_kv_heads * row > 256 * 1024;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
   for (int64_t t = 0; t < num_tokens; ++t) {
     char* out = data + slot_mapping[t] / cache->block_size * block;
     const int64_t offset = slot_mapping[t] % cache->block_size;
-    const char* key_in = (const char*)key + t * key_stride * size;
-    const char* value_in = (const char*)value + t * value_stride * size;
+    const char* key_in = (const char*)call->key + t * call->key_stride * size;
+    const char* value_in = (const char*)call->value + t * call->value_stride * size;
     for (int64_t h = 0; h < cache->num_kv_heads; ++h, out += head, key_in += row, value_in += row) {
       write(key_in, out, offset);
       write(value_in, out + side, offset);

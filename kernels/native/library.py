@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..checks import CacheShape
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
@@ -70,6 +70,36 @@ class NativeAttention(ctypes.Structure):
         ("scale", c_float),
         ("soft_cap", c_float),
         ("dtype", c_int32),
+        ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+class NativeCacheWrite(ctypes.Structure):
+    _fields_ = [
+        ("cache", NativeCache),
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("slot_mapping", c_void_p),
+        ("num_tokens", c_int64),
+        ("key_stride", c_int64),
+        ("value_stride", c_int64),
+        ("layer", c_int64),
+        ("dtype", c_int32),
+        ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+class NativeQuantization(ctypes.Structure):
+    _fields_ = [
+        ("residual", NativeCache),
+        ("cache", NativeCache),
+        ("residual_blocks", c_void_p),
+        ("blocks", c_void_p),
+        ("num_blocks", c_int64),
+        ("residual_layer", c_int64),
+        ("layer", c_int64),
         ("isa", c_int32),
         ("num_threads", c_int32),
     ]
@@ -141,6 +171,7 @@ class NativeNorm(ctypes.Structure):
         ("heads", c_int64),
         ("dim", c_int64),
         ("x_stride", c_int64),
+        ("out_stride", c_int64),
         ("eps", c_float),
         ("plus_one", c_int32),
         ("dtype", c_int32),
@@ -178,6 +209,36 @@ class NativeGate(ctypes.Structure):
     ]
 
 
+class NativeOp(ctypes.Structure):
+    _fields_ = [
+        ("call", c_void_p),
+        ("kind", c_int32),
+        ("group", c_int32),
+    ]
+
+
+class NativeStepGroup(ctypes.Structure):
+    _fields_ = [
+        ("block_tables", c_void_p),
+        ("slot_mapping", c_void_p),
+        ("filled_blocks", c_void_p),
+        ("max_blocks", c_int64),
+    ]
+
+
+class NativeStep(ctypes.Structure):
+    _fields_ = [
+        ("groups", POINTER(NativeStepGroup)),
+        ("query_start_loc", c_void_p),
+        ("kv_lens", c_void_p),
+        ("num_groups", c_int64),
+        ("num_tokens", c_int64),
+        ("num_seqs", c_int64),
+        ("num_filled", c_int64),
+        ("num_threads", c_int32),
+    ]
+
+
 class NativeLibrary:
     """The library's functions, typed, and the instruction sets that it and this processor share.
 
@@ -186,34 +247,31 @@ class NativeLibrary:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         detail: type[_Pointer[c_int64]] = POINTER(c_int64)
+        ops: list[tuple[str, type[ctypes.Structure]]] = [
+            ("write_kv", NativeCacheWrite), ("quantize_blocks", NativeQuantization), ("copy_blocks", NativeBlockCopy),
+            ("paged_attention", NativeAttention), ("attention_scores", NativeScores),
+            ("compact_rows", NativeCompaction), ("linear", NativeLinear), ("norm", NativeNorm),
+            ("rotate", NativeRotation), ("gate", NativeGate)]
+        for name, call in ops:
+            getattr(library, f"kvarto_{name}").argtypes = [POINTER(call), detail]
         self.write_kv = library.kvarto_write_kv
-        self.write_kv.argtypes = [POINTER(NativeCache), c_void_p, c_void_p, c_void_p]
-        self.write_kv.argtypes += [c_int64, c_int64, c_int64, c_int64, c_int32, c_int32, c_int32, detail]
         self.quantize_blocks = library.kvarto_quantize_blocks
-        self.quantize_blocks.argtypes = [POINTER(NativeCache), POINTER(NativeCache), c_void_p, c_void_p]
-        self.quantize_blocks.argtypes += [c_int64, c_int64, c_int64, c_int32, c_int32, detail]
         self.copy_blocks = library.kvarto_copy_blocks
-        self.copy_blocks.argtypes = [POINTER(NativeBlockCopy), detail]
         self.paged_attention = library.kvarto_paged_attention
-        self.paged_attention.argtypes = [POINTER(NativeAttention), detail]
         self.attention_scores = library.kvarto_attention_scores
-        self.attention_scores.argtypes = [POINTER(NativeScores), detail]
         self.compact_rows = library.kvarto_compact_rows
-        self.compact_rows.argtypes = [POINTER(NativeCompaction), detail]
         self.linear = library.kvarto_linear
-        self.linear.argtypes = [POINTER(NativeLinear)]
+        self.norm = library.kvarto_norm
+        self.rotate = library.kvarto_rotate
+        self.gate = library.kvarto_gate
+        self.replay = library.kvarto_replay
+        self.replay.argtypes = [POINTER(NativeOp), c_int64, POINTER(NativeStep), detail]
         self.pack_linear = library.kvarto_pack_linear
         self.pack_linear.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p]
         self.pack_linear.restype = None
         self.packed_elements = library.kvarto_packed_elements
         self.packed_elements.argtypes = [c_int64, c_int64]
         self.packed_elements.restype = c_int64
-        self.norm = library.kvarto_norm
-        self.norm.argtypes = [POINTER(NativeNorm)]
-        self.rotate = library.kvarto_rotate
-        self.rotate.argtypes = [POINTER(NativeRotation)]
-        self.gate = library.kvarto_gate
-        self.gate.argtypes = [POINTER(NativeGate)]
         self.isas = _runnable_isas(library)
 
 

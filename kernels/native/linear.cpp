@@ -89,7 +89,7 @@ void kvarto_pack_linear(const void* weight, int64_t n, int64_t k, int64_t stride
     kvarto::pack((const uint16_t*)weight, n, k, stride, kernels, dtype, (uint16_t*)packed);
 }
 
-int32_t kvarto_linear(const KvartoLinear* call) try {
+int32_t kvarto_linear(const KvartoLinear* call, int64_t*) try {
   kvarto::run(*call, *kvarto::find_isa(call->isa)->linear);
   return KVARTO_OK;
 } catch (const std::bad_alloc&) {

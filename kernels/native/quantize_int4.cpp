@@ -117,11 +117,10 @@ struct Quantizer {
 }  // namespace
 }  // namespace kvarto
 
-extern "C" int32_t kvarto_quantize_blocks(const KvartoCache* residual, const KvartoCache* cache,
-                                          const int64_t* residual_blocks, const int64_t* blocks, int64_t num_blocks,
-                                          int64_t residual_layer, int64_t layer, int32_t isa, int32_t num_threads,
-                                          int64_t* detail) {
+extern "C" int32_t kvarto_quantize_blocks(const KvartoQuantization* call, int64_t* detail) {
   using namespace kvarto;
+  const KvartoCache *residual = &call->residual, *cache = &call->cache;
+  const int64_t *residual_blocks = call->residual_blocks, *blocks = call->blocks, num_blocks = call->num_blocks;
   for (int64_t i = 0; i < num_blocks; ++i)
     if (residual_blocks[i] < 0 || residual_blocks[i] >= residual->num_blocks || blocks[i] < 0 ||
         blocks[i] >= cache->num_blocks) {
@@ -130,16 +129,16 @@ extern "C" int32_t kvarto_quantize_blocks(const KvartoCache* residual, const Kva
     }
   const int64_t row_bytes = residual->head_dim * element_size(residual->dtype), num_heads = residual->num_kv_heads;
   const int64_t head_bytes = residual->block_size * row_bytes, side_bytes = num_heads * head_bytes;
-  const Quantizer quantize{*residual, find_isa(isa)->linear->to_float[residual->dtype],
+  const Quantizer quantize{*residual, find_isa(call->isa)->linear->to_float[residual->dtype],
                            int4_head(residual->block_size, residual->head_dim), row_bytes};
   const int64_t num_jobs = num_blocks * num_heads;
-  const bool parallel = num_threads > 1 && num_jobs * head_bytes > 64 * 1024;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
+  const bool parallel = call->num_threads > 1 && num_jobs * head_bytes > 64 * 1024;
+#pragma omp parallel for schedule(static) num_threads(call->num_threads) if (parallel)
   for (int64_t job = 0; job < num_jobs; ++job) {
     const int64_t i = job / num_heads, head = job % num_heads;
     const char* rows = (const char*)residual->data + head * head_bytes +
-                       (residual_blocks[i] * residual->num_layers + residual_layer) * 2 * side_bytes;
-    const int64_t out = (blocks[i] * cache->num_layers + layer) * num_heads + head;
+                       (residual_blocks[i] * residual->num_layers + call->residual_layer) * 2 * side_bytes;
+    const int64_t out = (blocks[i] * cache->num_layers + call->layer) * num_heads + head;
     char* codes = (char*)cache->data + out * quantize.layout.bytes;
     quantize.keys(rows, codes);
     quantize.values(rows + side_bytes, codes);

@@ -33,15 +33,15 @@ const kvarto::RowKernels& kernels(int32_t isa) { return *kvarto::find_isa(isa)->
 
 extern "C" {
 
-int32_t kvarto_norm(const KvartoNorm* call) {
+int32_t kvarto_norm(const KvartoNorm* call, int64_t*) {
   return run(*call, call->heads * call->dim, kernels(call->isa).norm[call->dtype]);
 }
 
-int32_t kvarto_rotate(const KvartoRotation* call) {
+int32_t kvarto_rotate(const KvartoRotation* call, int64_t*) {
   return run(*call, call->num_heads * call->head_dim, kernels(call->isa).rotate[call->dtype]);
 }
 
-int32_t kvarto_gate(const KvartoGate* call) {
+int32_t kvarto_gate(const KvartoGate* call, int64_t*) {
   return run(*call, call->dim, kernels(call->isa).gate[call->dtype]);
 }
 }

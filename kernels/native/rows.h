@@ -6,13 +6,13 @@
 extern "C" {
 
 // out = norm(x) * weight over the last dim elements; first x += addend, in x's dtype, where there is one.
-// Heads of a token are dense; tokens are x_stride apart in x and in addend.
+// Heads of a token are dense; tokens are x_stride apart in x and in addend, out_stride in out, which may be x.
 struct KvartoNorm {
   void* x;             // [num_tokens, heads, dim]; written only where there is an addend
   const void* addend;  // the same shape and stride, or null
   const void* weight;  // [dim]
-  void* out;           // [num_tokens, heads, dim], contiguous
-  int64_t num_tokens, heads, dim, x_stride;
+  void* out;           // [num_tokens, heads, dim]
+  int64_t num_tokens, heads, dim, x_stride, out_stride;
   float eps;
   int32_t plus_one;  // the weight is 1 + weight, and applied before the result is rounded
   int32_t dtype, isa, num_threads;
@@ -37,9 +37,9 @@ struct KvartoGate {
   int32_t activation, dtype, isa, num_threads;
 };
 
-int32_t kvarto_norm(const KvartoNorm* call);
-int32_t kvarto_rotate(const KvartoRotation* call);
-int32_t kvarto_gate(const KvartoGate* call);
+int32_t kvarto_norm(const KvartoNorm* call, int64_t* detail);
+int32_t kvarto_rotate(const KvartoRotation* call, int64_t* detail);
+int32_t kvarto_gate(const KvartoGate* call, int64_t* detail);
 }
 
 namespace kvarto {

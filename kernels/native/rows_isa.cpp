@@ -40,7 +40,7 @@ static void norm(const KvartoNorm& call, int64_t begin, int64_t end) {
     for (int64_t head = 0; head < call.heads; ++head) {
       const int64_t at = token * call.x_stride + head * call.dim;
       norm_row(call, (T*)call.x + at, call.addend ? (const T*)call.addend + at : nullptr,
-               (T*)call.out + (token * call.heads + head) * call.dim);
+               (T*)call.out + token * call.out_stride + head * call.dim);
     }
 }
 

@@ -32,6 +32,19 @@ def test_norm_equals_float64(shape: tuple[int, ...], plus_one: bool, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_writes_where_it_is_told_to_and_over_its_input(dtype: torch.dtype) -> None:
+    fused, weight = torch.randn(6, 7, 40).to(dtype), torch.randn(40).to(dtype)
+    before, elsewhere = fused.clone(), torch.zeros(6, 9, 40, dtype=dtype)
+    expected = rms_norm(fused[:, 2:5], weight, 1e-5)
+    assert rms_norm(fused[:, 2:5], weight, 1e-5, out=elsewhere[:, 1:4]).data_ptr() == elsewhere[:, 1:].data_ptr()
+    rms_norm(fused[:, 2:5], weight, 1e-5, out=fused[:, 2:5])
+    assert torch.equal(elsewhere, torch.nn.functional.pad(expected, (0, 0, 1, 5)))
+    assert torch.equal(fused, torch.cat((before[:, :2], expected, before[:, 5:]), dim=1))
+    with pytest.raises(ValueError, match="out"):
+        rms_norm(fused, weight, 1e-5, out=elsewhere)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_adds_what_is_to_be_added_in_place_first(dtype: torch.dtype) -> None:
     x, addend, weight = torch.randn(9, 100).to(dtype), torch.randn(9, 100).to(dtype), torch.randn(100).to(dtype)
     both = x + addend

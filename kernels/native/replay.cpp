@@ -1,0 +1,77 @@
+// Replays recorded ops: what a step brings is put into a copy of each call.
+#include "replay.h"
+
+#include "rows.h"
+
+namespace {
+
+template <class Call>
+Call recorded(const KvartoOp& op, const KvartoStep& step) {
+  Call call = *(const Call*)op.call;
+  call.num_threads = step.num_threads;
+  return call;
+}
+
+int32_t norm(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+  auto call = recorded<KvartoNorm>(op, step);
+  call.num_tokens = step.num_tokens;
+  return kvarto_norm(&call, detail);
+}
+
+int32_t rotate(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+  auto call = recorded<KvartoRotation>(op, step);
+  call.num_tokens = step.num_tokens;
+  return kvarto_rotate(&call, detail);
+}
+
+int32_t gate(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+  auto call = recorded<KvartoGate>(op, step);
+  call.num_tokens = step.num_tokens;
+  return kvarto_gate(&call, detail);
+}
+
+int32_t linear(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+  auto call = recorded<KvartoLinear>(op, step);
+  call.m = step.num_tokens;
+  return kvarto_linear(&call, detail);
+}
+
+int32_t write_kv(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+  auto call = recorded<KvartoCacheWrite>(op, step);
+  call.num_tokens = step.num_tokens;
+  call.slot_mapping = step.groups[op.group].slot_mapping;
+  return kvarto_write_kv(&call, detail);
+}
+
+int32_t quantize_blocks(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+  auto call = recorded<KvartoQuantization>(op, step);
+  call.blocks = step.groups[op.group].filled_blocks;
+  call.residual_blocks = step.groups[step.num_groups - 1].filled_blocks;
+  call.num_blocks = step.num_filled;
+  return kvarto_quantize_blocks(&call, detail);
+}
+
+int32_t attend(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+  auto call = recorded<KvartoAttention>(op, step);
+  const KvartoStepGroup& group = step.groups[op.group];
+  call.num_tokens = step.num_tokens;
+  call.num_seqs = step.num_seqs;
+  call.query_start_loc = step.query_start_loc;
+  call.kv_lens = step.kv_lens;
+  call.block_tables = group.block_tables;
+  call.max_blocks = group.max_blocks;
+  if (call.residual_tables) call.residual_tables = step.groups[step.num_groups - 1].block_tables;
+  return kvarto_paged_attention(&call, detail);
+}
+
+constexpr int32_t (*RUN[])(const KvartoOp&, const KvartoStep&, int64_t*) = {
+    norm, rotate, gate, linear, write_kv, quantize_blocks, attend,
+};
+
+}  // namespace
+
+extern "C" int32_t kvarto_replay(const KvartoOp* ops, int64_t num_ops, const KvartoStep* step, int64_t* detail) {
+  for (int64_t i = 0; i < num_ops; ++i)
+    if (const int32_t status = RUN[ops[i].kind](ops[i], *step, detail)) return status;
+  return KVARTO_OK;
+}

@@ -1,0 +1,42 @@
+// Calls of the other ops, recorded once with the most tokens there can be and run again for those of a step.
+#pragma once
+
+#include "abi.h"
+
+extern "C" {
+
+enum KvartoOpKind : int32_t {
+  KVARTO_OP_NORM = 0,
+  KVARTO_OP_ROTATION = 1,
+  KVARTO_OP_GATE = 2,
+  KVARTO_OP_LINEAR = 3,
+  KVARTO_OP_CACHE_WRITE = 4,
+  KVARTO_OP_QUANTIZATION = 5,
+  KVARTO_OP_ATTENTION = 6,
+};
+
+struct KvartoOp {
+  const void* call;  // the struct of that kind
+  int32_t kind;
+  int32_t group;  // the KV group whose tables or slots it reads, where it reads any
+};
+
+struct KvartoStepGroup {
+  const int32_t* block_tables;    // [num_seqs, max_blocks]
+  const int64_t* slot_mapping;    // [num_tokens]
+  const int64_t* filled_blocks;   // [num_filled]; null: there is no residual
+  int64_t max_blocks;
+};
+
+// What differs from step to step; the last group is the residual, where there is one.
+struct KvartoStep {
+  const KvartoStepGroup* groups;
+  const int32_t* query_start_loc;  // [num_seqs + 1]
+  const int32_t* kv_lens;          // [num_seqs]
+  int64_t num_groups, num_tokens, num_seqs, num_filled;
+  int32_t num_threads;
+};
+
+// Stops at the first op that does not return KVARTO_OK, and returns what it returned.
+int32_t kvarto_replay(const KvartoOp* ops, int64_t num_ops, const KvartoStep* step, int64_t* detail);
+}

@@ -1,0 +1,186 @@
+"""Native ops called at once, or recorded once and replayed with the tokens of every step: the pattern of CUDA graphs,
+where what is saved is Python's time between ops."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .backends import native_library, raise_for
+from .native.library import (
+    NativeAttention,
+    NativeCacheWrite,
+    NativeGate,
+    NativeLinear,
+    NativeNorm,
+    NativeOp,
+    NativeQuantization,
+    NativeRotation,
+    NativeStep,
+    NativeStepGroup,
+)
+
+_KINDS: dict[type[ctypes.Structure], int] = {
+    NativeNorm: 0, NativeRotation: 1, NativeGate: 2, NativeLinear: 3, NativeCacheWrite: 4, NativeQuantization: 5,
+    NativeAttention: 6}
+"""Of replay.h."""
+_ALIGNMENT = 64
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int,
+          torch.ops.aten.alias.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.detach.default}
+"""Operators of torch that only name memory: what they did once holds in every replay."""
+
+_current = threading.local()
+
+
+class NotRecordableError(Exception):
+    """Something was computed that is no native op; the message names it."""
+
+
+class Step(Protocol):
+    """What differs between replays, all contiguous, as in `paged_attention` and `write_kv`. Lists: per KV group, in
+    which a residual is the last."""
+
+    @property
+    def query_start_loc(self) -> Tensor: ...
+
+    @property
+    def kv_lens(self) -> Tensor: ...
+
+    @property
+    def block_tables(self) -> list[Tensor]: ...
+
+    @property
+    def slot_mapping(self) -> list[Tensor]: ...
+
+    @property
+    def filled_blocks(self) -> list[Tensor]: ...
+
+
+def submit(function: Callable[..., int], call: ctypes.Structure) -> None:
+    """Run a native op, or have it recorded. Raises what `raise_for` raises."""
+    recording: Recording | None = getattr(_current, "recording", None)
+    if recording is not None:
+        recording.append(call)
+        return
+    detail = ctypes.c_int64()
+    raise_for(function(call, detail), detail.value)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for the output of a native op."""
+    recording: Recording | None = getattr(_current, "recording", None)
+    return torch.empty(shape, dtype=dtype) if recording is None else recording.empty(shape, dtype)
+
+
+class Recording:
+    """Ops in order, with memory of their own: an output stays until the next replay overwrites it.
+
+    Record with as many tokens as there may ever be. The tensors that recorded ops read or write beside their own
+    outputs and what a `Step` has must stay where they are; the caller keeps them.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[ctypes.Structure] = []
+        self._groups: list[int] = []
+        self._ops: Any = None
+        self._slot_mappings: list[int] = []
+        self._block_tables: list[int] = []
+        self._filled_blocks: list[int] = []
+        self._free: defaultdict[int, list[np.ndarray[Any, Any]]] = defaultdict(list)
+        self._regions: list[np.ndarray[Any, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the outputs' memory."""
+        return sum(region.nbytes for region in self._regions)
+
+    @contextmanager
+    def record(self, step: Step) -> Iterator[None]:
+        """Record the native ops of this thread instead of running them. `step`: the one that they are called with.
+        Raises `NotRecordableError` for anything else that computes."""
+        self._slot_mappings, self._block_tables, self._filled_blocks = (
+            [tensor.data_ptr() for tensor in tensors]
+            for tensors in (step.slot_mapping, step.block_tables, step.filled_blocks))
+        _current.recording = self
+        try:
+            with _OnlyViews():
+                yield
+        finally:
+            del _current.recording
+        self._ops = (NativeOp * len(self._calls))(*(
+            NativeOp(ctypes.addressof(call), _KINDS[type(call)], group)
+            for call, group in zip(self._calls, self._groups, strict=True)))
+
+    def append(self, call: ctypes.Structure) -> None:
+        group = 0
+        if isinstance(call, NativeCacheWrite):
+            group = self._slot_mappings.index(call.slot_mapping)
+        elif isinstance(call, NativeAttention):
+            group = self._block_tables.index(call.block_tables)
+        elif isinstance(call, NativeQuantization):
+            group = self._filled_blocks.index(call.blocks)
+        elif type(call) not in _KINDS:
+            raise NotRecordableError(type(call).__name__)
+        self._calls.append(call)
+        self._groups.append(group)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory that no tensor which lives now has. Ops run in the order in which they are recorded, so that what is
+        given back while recording may be given out again, as within one run."""
+        size = -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        if not self._free[size]:
+            self._regions.append(np.empty(size + _ALIGNMENT, np.uint8))
+            self._free[size].append(self._regions[-1])
+        region = self._free[size].pop()
+        # A tensor and its views keep the buffer that they are made from.
+        buffer = (ctypes.c_char * size).from_buffer(region, -region.ctypes.data % _ALIGNMENT)
+        weakref.finalize(buffer, self._free[size].append, region)
+        return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
+
+    def replay(self, step: Step, num_tokens: int) -> None:
+        """Run the ops for the `num_tokens` first rows. Raises what the ops raise."""
+        groups = (NativeStepGroup * len(step.block_tables))()
+        for number, group in enumerate(groups):
+            block_tables = step.block_tables[number]
+            group.block_tables, group.max_blocks = block_tables.data_ptr(), block_tables.shape[1]
+            group.slot_mapping = step.slot_mapping[number].data_ptr()
+            if step.filled_blocks:
+                group.filled_blocks = step.filled_blocks[number].data_ptr()
+        native_step = NativeStep(
+            groups,
+            step.query_start_loc.data_ptr(),
+            step.kv_lens.data_ptr(),
+            len(groups),
+            num_tokens,
+            step.kv_lens.numel(),
+            step.filled_blocks[-1].numel() if step.filled_blocks else 0,
+            torch.get_num_threads(),
+        )
+        detail = ctypes.c_int64()
+        raise_for(native_library().replay(self._ops, len(self._calls), native_step, detail), detail.value)
+
+
+class _OnlyViews(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _VIEWS:
+            return func(*args, **kwargs or {})
+        with self:
+            # In inference mode some arrive here before they are told in operators that are basic.
+            result = func.decompose(*args, **kwargs or {})
+        if result is NotImplemented:
+            raise NotRecordableError(f"{func} is no native op")
+        return result
