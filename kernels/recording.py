@@ -117,7 +117,7 @@ class Recording:
             for tensors in (step.slot_mapping, step.block_tables, step.filled_blocks))
         _current.recording = self
         try:
-            with _OnlyViews():
+            with _OnlyViews():  # type: ignore[no-untyped-call]
                 yield
         finally:
             del _current.recording
@@ -147,7 +147,8 @@ class Recording:
             self._free[size].append(self._regions[-1])
         region = self._free[size].pop()
         # A tensor and its views keep the buffer that they are made from.
-        buffer = (ctypes.c_char * size).from_buffer(region, -region.ctypes.data % _ALIGNMENT)
+        address = -(-region.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+        buffer = (ctypes.c_char * size).from_address(address)
         weakref.finalize(buffer, self._free[size].append, region)
         return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
 
@@ -174,7 +175,7 @@ class Recording:
         raise_for(native_library().replay(self._ops, len(self._calls), native_step, detail), detail.value)
 
 
-class _OnlyViews(TorchDispatchMode):
+class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _VIEWS:
             return func(*args, **kwargs or {})
