@@ -1,6 +1,6 @@
 """kvarto's kernels: one op set, several backends. Shapes, dtypes and errors are documented in `ops.py` (attention and
 the KV cache), `int4_ops.py`, `linear_ops.py`, `row_ops.py` and `sparsity_ops.py`, masks in `mask.py`, quantized caches
-in `kv_layout.py`, ops recorded and replayed in `recording.py`."""
+in `kv_layout.py`, ops recorded and replayed in `recording.py`, timed in `timing.py`."""
 
 from .backends import available_backends, backend
 from .int4_ops import quantize_blocks
@@ -10,7 +10,8 @@ from .ops import copy_blocks, paged_attention, write_kv
 from .recording import NotRecordableError, Recording
 from .row_ops import activate, gated, rms_norm, rotate
 from .sparsity_ops import attention_scores, compact_rows
+from .timing import op_times
 
 __all__ = ["CAUSAL", "FarSinks", "Mask", "NotRecordableError", "PackedLinear", "Recording", "Residual", "activate",
            "attention_scores", "available_backends", "backend", "compact_rows", "copy_blocks", "gated", "linear",
-           "pack_linear", "paged_attention", "quantize_blocks", "rms_norm", "rotate", "write_kv"]
+           "op_times", "pack_linear", "paged_attention", "quantize_blocks", "rms_norm", "rotate", "write_kv"]

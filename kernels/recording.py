@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -21,20 +22,13 @@ from .backends import native_library, raise_for
 from .native.library import (
     NativeAttention,
     NativeCacheWrite,
-    NativeGate,
-    NativeLinear,
-    NativeNorm,
     NativeOp,
     NativeQuantization,
-    NativeRotation,
     NativeStep,
     NativeStepGroup,
 )
+from .timing import KINDS, asked
 
-_KINDS: dict[type[ctypes.Structure], int] = {
-    NativeNorm: 0, NativeRotation: 1, NativeGate: 2, NativeLinear: 3, NativeCacheWrite: 4, NativeQuantization: 5,
-    NativeAttention: 6}
-"""Of replay.h."""
 _ALIGNMENT = 64
 _VIEWS = {torch.ops.aten.view.default, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int,
           torch.ops.aten.alias.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.detach.default}
@@ -73,8 +67,13 @@ def submit(function: Callable[..., int], call: ctypes.Structure) -> None:
     if recording is not None:
         recording.append(call)
         return
-    detail = ctypes.c_int64()
+    detail, nanoseconds = ctypes.c_int64(), asked()
+    if nanoseconds is None or (kind := KINDS.get(type(call))) is None:
+        raise_for(function(call, detail), detail.value)
+        return
+    started = time.perf_counter_ns()
     raise_for(function(call, detail), detail.value)
+    nanoseconds[kind] += time.perf_counter_ns() - started
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -122,7 +121,7 @@ class Recording:
         finally:
             del _current.recording
         self._ops = (NativeOp * len(self._calls))(*(
-            NativeOp(ctypes.addressof(call), _KINDS[type(call)], group)
+            NativeOp(ctypes.addressof(call), KINDS[type(call)], group)
             for call, group in zip(self._calls, self._groups, strict=True)))
 
     def append(self, call: ctypes.Structure) -> None:
@@ -133,7 +132,7 @@ class Recording:
             group = self._block_tables.index(call.block_tables)
         elif isinstance(call, NativeQuantization):
             group = self._filled_blocks.index(call.blocks)
-        elif type(call) not in _KINDS:
+        elif type(call) not in KINDS:
             raise NotRecordableError(type(call).__name__)
         self._calls.append(call)
         self._groups.append(group)
@@ -170,6 +169,7 @@ class Recording:
             step.kv_lens.numel(),
             step.filled_blocks[-1].numel() if step.filled_blocks else 0,
             torch.get_num_threads(),
+            asked(),
         )
         detail = ctypes.c_int64()
         raise_for(native_library().replay(self._ops, len(self._calls), native_step, detail), detail.value)

@@ -126,6 +126,12 @@ class EngineConfig(BaseModel):
             raise ValueError("executor='inline' runs one worker group: use executor='ray' for num_worker_groups > 1")
         return self
 
+    @property
+    def on_ray(self) -> bool:
+        """Whether the ranks are Ray actors, by `executor`; otherwise they are in the caller's process."""
+        return self.executor == "ray" or (
+            self.executor == "auto" and (self.tensor_parallel_size > 1 or self.num_worker_groups > 1))
+
     def _check_sparsity(self) -> None:
         policy = self.kv_sparsity
         if policy == "none":

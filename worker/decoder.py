@@ -10,11 +10,13 @@ import torch.nn.functional as F
 
 from ..kernels import Mask, NotRecordableError, linear, pack_linear
 from ..protos.model import ModelConfig
+from ..protos.spans import Span
 from .attention import Attention
 from .batch import ForwardBatch
 from .collectives import Communicator
 from .far_sinks import FarAngles, FarSinkRule
 from .kv_groups import block_bytes, cache_shape, kv_groups
+from .layer_spans import layers_span
 from .layout import TPLayout
 from .mlp import Experts, Mlp
 from .norms import Norm
@@ -100,12 +102,15 @@ class Decoder:
         Raises `UnavailableError` when another rank is gone.
         """
         # x: [num_tokens, hidden_size], the residual stream
-        angles = [(cos[batch.positions], sin[batch.positions]) for cos, sin in self._rotary]
-        far = [None if rule is None else rule.angles(self._rotary[0], batch.positions) for rule in self._far_sinks]
-        x = self._embed(batch.token_ids, batch.positions)
-        if self._recorded is not None and observer is None and caches is self._recorded_caches:
-            return self._recorded.run(x, angles, batch)
-        return self._run_layers(x, angles, far, batch, caches, observer)
+        with Span("embedding"):
+            angles = [(cos[batch.positions], sin[batch.positions]) for cos, sin in self._rotary]
+            far = [None if rule is None else rule.angles(self._rotary[0], batch.positions)
+                   for rule in self._far_sinks]
+            x = self._embed(batch.token_ids, batch.positions)
+        with layers_span():
+            if self._recorded is not None and observer is None and caches is self._recorded_caches:
+                return self._recorded.run(x, angles, batch)
+            return self._run_layers(x, angles, far, batch, caches, observer)
 
     @torch.inference_mode()
     def record(self, caches: list[torch.Tensor], max_num_tokens: int) -> None:
@@ -146,9 +151,10 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[R, hidden_size]`, rows of what `forward` returned -> float32 `[R, local_vocab]`: of the token ids in
         `layout.vocab`. An inference tensor."""
-        logits = linear(hidden, self._lm_head).float()
-        cap = self.config.final_softcap
-        return logits if cap is None else (logits / cap).tanh() * cap
+        with Span("logits"):
+            logits = linear(hidden, self._lm_head).float()
+            cap = self.config.final_softcap
+            return logits if cap is None else (logits / cap).tanh() * cap
 
     def _embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         # token_ids, positions: [num_tokens] -> [num_tokens, hidden_size]

@@ -10,6 +10,7 @@ import torch
 
 from ..kernels import backend
 from ..protos.errors import ConfigError
+from ..protos.spans import Span
 from ..protos.step import RankConfig, RankCosts, RankReady, SequenceFork, StepPlan, StepResult
 from .batch import SequenceTable, StepLayout, build, lay_out
 from .block_mover import BlockMover
@@ -98,7 +99,8 @@ class Rank:
         started = time.perf_counter()
         result = StepResult(epoch=plan.epoch, step_id=plan.step_id, rank=self._config.rank)
         if plan.moves:
-            result.failed_loads = self._mover.apply(plan.moves)
+            with Span("move blocks"):
+                result.failed_loads = self._mover.apply(plan.moves)
             result.move_seconds = time.perf_counter() - started
         for fork in plan.forks:
             self._fork(fork)
@@ -112,11 +114,13 @@ class Rank:
             if self._sparsity is not None:
                 self._sparsity.start(start)
         if plan.steps:
-            layout = lay_out(plan.steps, self._table)
+            with Span("build batch"):
+                layout = lay_out(plan.steps, self._table)
             hidden = self._forward(plan, layout)
             for sibling in plan.siblings:
                 self._fork(sibling)
-            self._sampling.finish(plan, layout, hidden, result)
+            with Span("sample"):
+                self._sampling.finish(plan, layout, hidden, result)
         result.seconds = time.perf_counter() - started
         return result
 
@@ -126,7 +130,8 @@ class Rank:
 
     def _forward(self, plan: StepPlan, layout: StepLayout) -> torch.Tensor:
         """Compute the step, and compact what it says. Returns `[T, hidden_size]`."""
-        batch = build(layout, self._table, self._device)
+        with Span("build batch"):
+            batch = build(layout, self._table, self._device)
         observer = self._sparsity.observer(plan.steps, layout, batch) if self._sparsity is not None else None
         hidden = self._decoder.forward(batch, self._caches, observer)
         self._table.num_computed[layout.rows] = layout.ends

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...protos.errors import KvartoError, UnavailableError
 from ...protos.request import AddRequest, Delta, EngineInfo, RequestError
+from ...protos.spans import Span
 from ...protos.step import StepResult
 from .. import admission
 from ..metrics import Metrics
@@ -69,11 +70,13 @@ class Engine:
     def pump(self, now: float) -> None:
         """Send plans as long as there is something to compute and room in flight."""
         while len(self._in_flight) < self._max_in_flight:
-            plan = self.scheduler.schedule()
+            with Span("schedule"):
+                plan = self.scheduler.schedule()
             if plan is None:
                 break
             self._in_flight[plan.step_id] = now
-            self.link.send(plan)
+            with Span("send plan"):
+                self.link.send(plan)
             self._accounting.on_plan(plan)
             self._log_preemptions()
             if self._check_integrity:
@@ -136,9 +139,10 @@ class Engine:
         self.last_progress_s = now
         self.last_step_id = result.step_id
         news: News = []
-        for group, delta in self.scheduler.update(result):
-            self._metrics.on_delta(group, delta, now)
-            news.append((group.owner, delta))
+        with Span("take result"):
+            for group, delta in self.scheduler.update(result):
+                self._metrics.on_delta(group, delta, now)
+                news.append((group.owner, delta))
         if self._check_integrity:
             self.scheduler.space.check_integrity()
         return news

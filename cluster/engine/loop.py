@@ -24,6 +24,7 @@ from ...protos.request import (
     Reply,
     ToHead,
 )
+from ...protos.spans import Span
 from ..metrics import Metrics
 from ..router import pick_group
 from .engine import Engine, News, error_delta
@@ -141,7 +142,9 @@ class EngineLoop:
                 logger.exception("worker group %d: defect", index)
                 failure = f"{type(error).__name__}: {error}"
             # The ranks have their next plan before the frontends hear of the last one.
-            self._deliver(news, engine.info.epoch, engine.last_step_id)
+            if news:
+                with Span("send deltas"):
+                    self._deliver(news, engine.info.epoch, engine.last_step_id)
             if failure is not None:
                 self.fail_group(index, failure, engine.info.epoch)
         if self._clock() >= self._next_housekeeping_s:

@@ -17,6 +17,7 @@ from ...protos.endpoint import Endpoint
 from ...protos.errors import InvalidRequestError, KvartoError, UnavailableError
 from ...protos.request import AddRequest, CancelRequest, DeltaBatch, EngineInfo
 from ...protos.sampling import SamplingParams
+from ...protos.spans import Span
 from .. import admission
 from ..frontend_protocol import Health
 from ..outputs import RequestOutput
@@ -62,9 +63,7 @@ class AsyncLLM:
     @classmethod
     async def from_config(cls, config: ServeConfig) -> Self:
         """As `start`, from a configuration that was read already."""
-        on_ray = config.executor == "ray" or (
-            config.executor == "auto" and (config.tensor_parallel_size > 1 or config.num_worker_groups > 1))
-        return await (cls._start_on_ray(config) if on_ray else cls._start_inline(config))
+        return await (cls._start_on_ray(config) if config.on_ray else cls._start_inline(config))
 
     @classmethod
     async def _start_inline(cls, config: ServeConfig) -> Self:
@@ -216,6 +215,10 @@ class AsyncLLM:
         await self.close()
 
     def _on_deltas(self, batch: DeltaBatch) -> None:
+        with Span("detokenize"):
+            self._take_deltas(batch)
+
+    def _take_deltas(self, batch: DeltaBatch) -> None:
         for delta in batch.deltas:
             if state := self._requests.get(delta.request_id):
                 try:

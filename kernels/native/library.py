@@ -236,6 +236,7 @@ class NativeStep(ctypes.Structure):
         ("num_seqs", c_int64),
         ("num_filled", c_int64),
         ("num_threads", c_int32),
+        ("nanoseconds", POINTER(c_int64)),
     ]
 
 

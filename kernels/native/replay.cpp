@@ -1,9 +1,16 @@
 // Replays recorded ops: what a step brings is put into a copy of each call.
 #include "replay.h"
 
+#include <chrono>
+
 #include "rows.h"
 
 namespace {
+
+int64_t now() {
+  const auto since = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(since).count();
+}
 
 template <class Call>
 Call recorded(const KvartoOp& op, const KvartoStep& step) {
@@ -64,14 +71,21 @@ int32_t attend(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
   return kvarto_paged_attention(&call, detail);
 }
 
-constexpr int32_t (*RUN[])(const KvartoOp&, const KvartoStep&, int64_t*) = {
+constexpr int32_t (*RUN[KVARTO_NUM_OPS])(const KvartoOp&, const KvartoStep&, int64_t*) = {
     norm, rotate, gate, linear, write_kv, quantize_blocks, attend,
 };
 
 }  // namespace
 
 extern "C" int32_t kvarto_replay(const KvartoOp* ops, int64_t num_ops, const KvartoStep* step, int64_t* detail) {
-  for (int64_t i = 0; i < num_ops; ++i)
+  int64_t before = step->nanoseconds ? now() : 0;
+  for (int64_t i = 0; i < num_ops; ++i) {
     if (const int32_t status = RUN[ops[i].kind](ops[i], *step, detail)) return status;
+    if (step->nanoseconds) {
+      const int64_t after = now();
+      step->nanoseconds[ops[i].kind] += after - before;
+      before = after;
+    }
+  }
   return KVARTO_OK;
 }

@@ -13,6 +13,7 @@ enum KvartoOpKind : int32_t {
   KVARTO_OP_CACHE_WRITE = 4,
   KVARTO_OP_QUANTIZATION = 5,
   KVARTO_OP_ATTENTION = 6,
+  KVARTO_NUM_OPS = 7,
 };
 
 struct KvartoOp {
@@ -35,6 +36,7 @@ struct KvartoStep {
   const int32_t* kv_lens;          // [num_seqs]
   int64_t num_groups, num_tokens, num_seqs, num_filled;
   int32_t num_threads;
+  int64_t* nanoseconds;  // [KVARTO_NUM_OPS], what ops of each kind take is added; null: nobody asks
 };
 
 // Stops at the first op that does not return KVARTO_OK, and returns what it returned.

@@ -113,6 +113,24 @@ def test_throughput_is_one_json_line(run, model, trace):
     assert "8/8" in result.stderr
 
 
+def test_throughput_tells_where_its_time_went(run, model, trace, tmp_path):
+    result = run("bench", "throughput", "--model", model, "--trace", trace, *ENGINE, "--profile", tmp_path / "t.json")
+    assert result.exit_code == 0, result.output
+    shares = json.loads(result.stdout)["profile"]
+    *parts, beside = shares
+    assert sum(shares[part] for part in parts) == pytest.approx(1, abs=0.01)
+    assert all(shares[part] > 0 for part in ("GEMM", "attention", "sampling", "scheduling", "batch", "rest", beside))
+    names = {event["name"] for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"]}
+    assert names >= {"schedule", "layers", "linear", "logits", "sample", "detokenize", "send deltas"}
+
+
+def test_a_profile_of_other_processes_is_refused(run, model, trace, tmp_path):
+    result = run("bench", "throughput", "--model", model, "--trace", trace, *ENGINE, "--tensor-parallel-size", "2",
+                 "--profile", tmp_path / "t.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--executor inline" in result.stderr
+
+
 def test_throughput_counts_preemptions(run, model, trace):
     result = run("bench", "throughput", "--model", model, "--trace", trace, *ENGINE, "--num-blocks", "6",
                  "--max-model-len", "64")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,6 +16,7 @@ from kvarto.kernels import (
     available_backends,
     gated,
     linear,
+    op_times,
     pack_linear,
     paged_attention,
     rms_norm,
@@ -165,3 +167,20 @@ def test_other_threads_are_not_recorded() -> None:
         thread.join()
     assert torch.equal(found[0], expected)
     assert len(recording) == 0
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_ops_are_timed_by_kind_where_somebody_asks(replays: bool) -> None:
+    layers, tokens = Layers(torch.float32), torch.randn(MAX_TOKENS, HIDDEN)
+    recording, x, _ = record(layers, torch.float32)
+    x.copy_(tokens)
+    started = time.perf_counter_ns()
+    with op_times() as taken:
+        for _ in range(20):
+            if replays:
+                recording.replay(make_step([MAX_TOKENS], [0]), MAX_TOKENS)
+            else:
+                layers(tokens, make_step([MAX_TOKENS], [0]))
+    passed = time.perf_counter_ns() - started
+    assert set(taken) == {"norm", "rotation", "activation", "linear", "cache_write", "attention"}
+    assert passed / 20 < sum(taken.values()) <= passed
