@@ -15,6 +15,7 @@ from ..protos.endpoint import Endpoint
 from ..protos.errors import KvartoError
 from ..protos.model import ModelConfig
 from ..protos.request import EngineInfo
+from ..protos.span_export import export_spans
 from .engine.engine import Engine
 from .engine.loop import EngineLoop
 from .engine.zmq_hub import ZmqHub
@@ -48,6 +49,8 @@ class Head:
 
     def __init__(self, application: str, config: EngineConfig, model: ModelConfig) -> None:
         logging.basicConfig(level=logging.INFO)
+        if config.otlp_traces_endpoint is not None:
+            export_spans(config.otlp_traces_endpoint, "head")
         self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
         end_ranks_of(application)
         self._application = application

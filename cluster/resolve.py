@@ -41,7 +41,8 @@ class Resolved:
             max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
             num_threads=self.threads_per_rank, step_timeout_s=config.step_timeout_s, lease_s=config.lease_s,
             kv_cache_dtype=config.kv_cache_dtype, kv_sparsity=config.sparsity,
-            kv_disk_path=config.kv_disk_path and os.path.abspath(config.kv_disk_path))
+            kv_disk_path=config.kv_disk_path and os.path.abspath(config.kv_disk_path),
+            otlp_traces_endpoint=config.otlp_traces_endpoint)
 
     def blocks(self, ranks: list[RankReady]) -> tuple[list[int], list[int]]:
         """Usable device blocks and host blocks per KV group. Raises `ResourcesError`."""

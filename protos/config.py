@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError
+from .span_export import EXPORTER
 from .sparsity import MIN_BUDGET, OBSERVATION_WINDOW, KVSparsity
 
 Positive = Annotated[int, Field(gt=0)]
@@ -84,6 +86,9 @@ class EngineConfig(BaseModel):
         10.0, description="A rank that does not hear from its Head for so long ends itself.")
     check_integrity: bool = Field(
         False, description="Debug mode: check the block space's invariants after every step.")
+    otlp_traces_endpoint: str | None = Field(
+        None, description="Where every process sends the spans of its steps, OTLP over HTTP: "
+                          "http://collector:4318/v1/traces. Needs kvarto[tracing].")
     min_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
         None, description="First port for the processes' own sockets; default: any free one.")
     max_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(None, description="Last of these ports.")
@@ -93,6 +98,15 @@ class EngineConfig(BaseModel):
     def _block_size_is_a_power_of_two(cls, value: int) -> int:
         if value not in (8, 16, 32, 64, 128):
             raise ValueError(f"must be 8, 16, 32, 64 or 128, got {value}")
+        return value
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _endpoint_is_an_http_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"must be an HTTP URL such as http://collector:4318/v1/traces, got {value!r}")
+        if value is not None and not _is_installed(EXPORTER):
+            raise ValueError("needs an exporter that is not installed: pip install 'kvarto[tracing]'")
         return value
 
     @model_validator(mode="after")
@@ -189,6 +203,13 @@ class ServeConfig(EngineConfig):
     @property
     def public_name(self) -> str:
         return self.served_model_name or self.model
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _explain(error: ValidationError, cls: type[BaseModel]) -> str:

@@ -220,6 +220,8 @@ class RankConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     kv_sparsity: KVSparsity | None = None
     kv_disk_path: str | None = None
     """Directory of the disk tier; None: there is none."""
+    otlp_traces_endpoint: str | None = None
+    """Where an actor of the rank sends its spans."""
 
 
 class RankCosts(Struct, kw_only=True):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from ..protos.endpoint import Endpoint
+from ..protos.span_export import export_spans
 from ..protos.step import RankConfig, RankReady
 from .rank_server import serve_rank
 from .threads import limit_spinning
@@ -24,6 +25,8 @@ class RankActor:
     def __init__(self, config: RankConfig) -> None:
         limit_spinning()
         self._config = config
+        if config.otlp_traces_endpoint is not None:
+            export_spans(config.otlp_traces_endpoint, f"rank {config.rank}")
 
     def serve_store(self) -> tuple[str, int]:
         """(host, port) at which the ranks of the group meet."""

@@ -8,6 +8,8 @@ import logging
 import random
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Self
 
 import msgspec
@@ -17,6 +19,7 @@ from ...protos.endpoint import Endpoint
 from ...protos.errors import InvalidRequestError, KvartoError, UnavailableError
 from ...protos.request import AddRequest, CancelRequest, DeltaBatch, EngineInfo
 from ...protos.sampling import SamplingParams
+from ...protos.span_export import export_spans
 from ...protos.spans import Span
 from .. import admission
 from ..frontend_protocol import Health
@@ -108,19 +111,16 @@ class AsyncLLM:
         text: asyncio.Task[tuple[Tokenizer, dict[str, Any]]],
     ) -> Self:
         """Nothing is left open when any of it fails."""
-        try:
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(_end, text)
             client.connection = await connection
-        except BaseException:
-            text.cancel()
-            await asyncio.gather(text, return_exceptions=True)
-            raise
-        try:
-            return cls(config, client, await client.info(), await text)
-        except BaseException:
-            text.cancel()
-            await asyncio.gather(text, return_exceptions=True)
-            await client.connection.close()
-            raise
+            undo.push_async_callback(client.connection.close)
+            self = cls(config, client, await client.info(), await text)
+            if config.otlp_traces_endpoint is not None:
+                end_export = export_spans(config.otlp_traces_endpoint, "frontend")
+                self._on_close.append(partial(asyncio.to_thread, end_export))
+            undo.pop_all()
+        return self
 
     def stream(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
@@ -247,6 +247,11 @@ class AsyncLLM:
 
     def _forget(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _load_text(config: EngineConfig) -> tuple[Tokenizer, dict[str, Any]]:
