@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 from .latency import latency
+from .serve import serve
 from .throughput import throughput
 
 bench = typer.Typer(no_args_is_help=True, help="Measure throughput or latency; prints one JSON line.")
 bench.command()(throughput)
 bench.command()(latency)
+bench.command()(serve)
