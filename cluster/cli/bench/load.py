@@ -20,8 +20,9 @@ class StreamClient(Protocol):
     """Whether the server has not said how many tokens a piece holds, so that each counted as one."""
 
     def stream(self, prompt: list[int], output_len: int) -> AsyncGenerator[int, None]:
-        """Generate `output_len` tokens, greedily and past the end of sequence. Yields, as each piece arrives, how many tokens have come so
-        far; last the server's own total, with or without a further piece. Raises `KvartoError`."""
+        """Generate `output_len` tokens, greedily and past the end of sequence. Yields, as each piece arrives, how
+        many tokens have come so far; last the server's own total, with or without a further piece. Raises
+        `KvartoError`."""
 
 
 async def run_load(
@@ -31,8 +32,8 @@ async def run_load(
     """Send `requests[i]` `due[i]` seconds from now, none waiting for another. Failures are outcomes, not exceptions."""
     began = time.perf_counter()
     outcomes = [Outcome(arrived) for arrived in due]
-    pairs = zip(requests, outcomes, strict=True)
-    tasks = [asyncio.create_task(_run(client, request, outcome, began, timeout_s, on_end)) for request, outcome in pairs]
+    tasks = [asyncio.create_task(_run(client, request, outcome, began, timeout_s, on_end))
+             for request, outcome in zip(requests, outcomes, strict=True)]
     try:
         await asyncio.gather(*tasks)
     finally:

@@ -54,9 +54,9 @@ def serve(
 ) -> None:
     """Load a server with a trace, streaming, and measure what its clients see.
 
-    The server is one that is started with MODEL and ended, or any OpenAI-compatible one at --url. Prints the time to the
-    first token (TTFT) from when a request was due, the latency between tokens (ITL), output tokens per second, failures,
-    and the share of requests within the objectives. Ends with an error when a request failed.
+    The server is one that is started with MODEL and ended, or any OpenAI-compatible one at --url. Prints the time to
+    the first token (TTFT) from when a request was due, the latency between tokens (ITL), output tokens per second,
+    failures, and the share of requests within the objectives. Ends with an error when a request failed.
     """
     check_rate(rate)
     slo = Slo(_bound(slo_ttft_ms, "--slo-ttft-ms"), _bound(slo_itl_ms, "--slo-itl-ms"))

@@ -28,21 +28,21 @@ class Slo:
                 and (self.itl_ms is None or 1e3 * outcome.mean_itl <= self.itl_ms))
 
 
-def percentile(samples: Iterable[tuple[float, int]], percent: float) -> float | None:
-    """The smallest value that `percent` of the weight does not exceed; None without samples. A sample is a value and
-    its weight, a positive integer."""
+def percentile(samples: Iterable[tuple[float, int]], percent: int) -> float | None:
+    """The smallest value that at least `percent` % of the weight does not exceed; None without samples. A sample is a
+    value and its weight, a positive integer."""
     ordered = sorted(samples)
-    left = percent / 100 * sum(weight for _, weight in ordered)
+    total, reached = sum(weight for _, weight in ordered), 0
     for value, weight in ordered:
-        left -= weight
-        if left <= 1e-9:
+        reached += weight
+        if 100 * reached >= percent * total:
             return value
     return None
 
 
 def itl_samples(outcomes: Iterable[Outcome]) -> list[tuple[float, int]]:
-    """Inter-token latencies in seconds with their weights: a piece of k tokens that was waited for g seconds counts as k
-    tokens of g / k seconds each, so that servers which send in larger pieces are neither favoured nor punished."""
+    """Inter-token latencies in seconds with their weights: a piece of k tokens that was waited for g seconds counts as
+    k tokens of g / k seconds each, so that servers which send in larger pieces are neither favoured nor punished."""
     return [(gap / tokens, tokens) for outcome in outcomes for gap, tokens in outcome.gaps()]
 
 

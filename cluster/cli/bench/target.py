@@ -16,7 +16,6 @@ import typer
 from ....protos.config import EngineConfig
 from ....protos.errors import ConfigError, KvartoError
 from ..options import GivenConfig
-from ..server_client import ServerClient
 from .load import StreamClient
 
 Url = Annotated[str | None, typer.Option(
@@ -57,8 +56,8 @@ def at_server(
 ) -> Generator[Target, None, None]:
     """The server at `url`, or one started with the configuration `given` and ended on leaving.
 
-    Raises `ConfigError` where the options do not go together, and `UnavailableError` and its kin when no OpenAI-compatible
-    server answers at `url`.
+    Raises `ConfigError` where the options do not go together, and `UnavailableError` and its kin when no
+    OpenAI-compatible server answers at `url`.
     """
     if url is None:
         with _started(EngineConfig.parse(given), grpc) as target:
@@ -66,9 +65,12 @@ def at_server(
         return
     if unused := sorted(given.keys() - {"model"}):
         raise ConfigError(f"{', '.join(unused)} cannot be set with --url: the server there has loaded its model")
+    from ..server_client import ServerClient
+
     with ServerClient(url, api_key) as server:
         models = server.get("/v1/models")
-    yield Target(url, given.get("model") or _first_name(url, models), api_key, f"{_host(url)}:{grpc_port}" if grpc else None)
+    name = given.get("model") or _first_name(url, models)
+    yield Target(url, name, api_key, f"{_host(url)}:{grpc_port}" if grpc else None)
 
 
 @contextmanager
