@@ -1,6 +1,7 @@
-"""kvarto against its peers on this machine: every figure of the table with its bar, all sides in turns, medians. Prints
-the table; `--write` puts it into RESULTS.md (between markers) and a plot into docs/. Installs nothing: peers are used
-where their programs are given. What was measured is kept in a JSON file, figure by figure, from which the table is made.
+"""kvarto against its peers on this machine: every figure of the table with its bar, all sides in turns, medians.
+Prints the table; `--write` puts it into RESULTS.md (between markers) and a plot into docs/. Installs nothing: peers are
+used where their programs are given. What was measured is kept in a JSON file, figure by figure; the table is made of
+that.
 
 Usage: python tests/benchmarks/compare.py [--vllm /tmp/vllm/bin/python] [--llama-server PATH] [--transformers]
            [--figures trace64,single] [--rounds 5] [--write]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+
 @dataclass(frozen=True, slots=True)
 class Traces:
     """The requests of 64 and of 256 at once."""
@@ -88,11 +89,13 @@ FIGURES: dict[str, Figure] = {
         (Row("out tok/s", RATE, "kvarto", "vllm", 2), Row("out tok/s", RATE, "kvarto", "llama", 1.5),
          Row("decode step, ms", "decode_step_ms", "kvarto", "limits", 0.75, inverse=True))),
     "prefill": Figure(
-        "prefill of 1,024 tokens", ("kvarto", "vllm", "limits"), lambda side, traces, number: side.prefill(traces.small, number),
+        "prefill of 1,024 tokens", ("kvarto", "vllm", "limits"),
+        lambda side, traces, number: side.prefill(traces.small, number),
         (Row("ms", "prefill_ms", "kvarto", "vllm", 0.7, at_most=True),
          Row("ms", "prefill_ms", "kvarto", "limits", 0.75, inverse=True))),
     "tp2": Figure(
-        "two ranks of one thread", ("kvarto", "kvarto_tp2"), lambda side, traces, number: side.trace(traces.small, number),
+        "two ranks of one thread", ("kvarto", "kvarto_tp2"),
+        lambda side, traces, number: side.trace(traces.small, number),
         (Row("out tok/s", RATE, "kvarto_tp2", "kvarto", 0.9),)),
     "http": Figure(
         "trace of 64 through HTTP, streaming", ("kvarto", "kvarto_http", "vllm", "vllm_http"),

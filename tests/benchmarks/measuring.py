@@ -40,7 +40,9 @@ class Sides:
             self._open.popitem()[1].close()
 
 
-def take(figure: Figure, sides: Mapping[str, Any], traces: Traces, num_rounds: int, tell: Tell = tell) -> dict[str, list[Values]]:
+def take(
+    figure: Figure, sides: Mapping[str, Any], traces: Traces, num_rounds: int, tell: Tell = tell,
+) -> dict[str, list[Values]]:
     """Per side the values of every round. Odd rounds go through the sides backwards: none is always the first after a
     pause of the machine."""
     measured: dict[str, list[Values]] = {name: [] for name in sides}

@@ -1,8 +1,8 @@
-"""The child's side of `offline.py`: a program that loads a model once and then generates what it is asked to. Needs only
-Python, as it runs in the peers' environments too.
+"""The child's side of `offline.py`: a program that loads a model once and then generates what it is asked to. Needs
+only Python, as it runs in the peers' environments too.
 
-A line of stdin `{"prompts": [[token ids]], "output_lens": [n]}` is answered by a line of stdout `{"seconds": s, "tokens":
-n}`, after a first line `{"ready": true}`.
+A line of stdin `{"prompts": [[token ids]], "output_lens": [n]}` is answered by a line of stdout `{"seconds": s,
+"tokens": n}`, after a first line `{"ready": true}`.
 """
 
 from __future__ import annotations

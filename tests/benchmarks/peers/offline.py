@@ -6,7 +6,6 @@ import contextlib
 import json
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,12 @@ class OfflineProcess:
     """`program` (a file of this folder) under the interpreter `python`; loaded once constructed, and stopped (SIGSTOP)
     except while it generates, so that it cannot disturb what is measured meanwhile.
 
-    `load_s`: seconds from its start until it could generate. Raises `RuntimeError` with the end of its log when it ends.
+    Raises `RuntimeError` with the end of its log when it ends.
     """
 
     def __init__(self, python: str, program: str, model: str, options: Mapping[str, Any],
                  environment: Mapping[str, str] | None = None) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
-        started = time.perf_counter()
         self._process = subprocess.Popen(
             [python, str(HERE / program), model, json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._log, text=True, env=None if environment is None else dict(environment))
@@ -40,7 +38,6 @@ class OfflineProcess:
         except BaseException:
             self.close()
             raise
-        self.load_s = time.perf_counter() - started
 
     @property
     def pid(self) -> int:
