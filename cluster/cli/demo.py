@@ -5,12 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import random
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,11 +12,10 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from ...protos.errors import KvartoError
 from ..model_hub import resolve_model
+from .server_process import ServerProcess
 
 MODEL = "smollm2-135m"
-START_S = 180.0
 QUESTION = "Give me three tips for staying healthy."
 PROMPTS = [
     "The capital of France is", "Water boils at", "The three primary colours are", "A poem about the sea:\n",
@@ -39,50 +32,15 @@ def run_demo() -> int:
     """Returns the exit code. Raises `KvartoError` when the server does not come up or does not end well."""
     console.rule("[bold]kvarto demo")
     console.print(f"model: {resolve_model(MODEL)}")
-    port = _free_port()
-    command = [sys.executable, "-m", "kvarto", "serve", MODEL, "--port", str(port), "--grpc-port", str(_free_port()),
-               "--max-model-len", "2048"]
-    console.print("$ kvarto serve " + " ".join(command[4:]))
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    ready = threading.Event()
-    threading.Thread(target=_show_log, args=(server, ready), daemon=True).start()
-    try:
-        _wait_until_ready(server, ready)
-        asyncio.run(_talk(f"http://127.0.0.1:{port}"))
-    finally:
-        server.send_signal(signal.SIGTERM)
-        code = server.wait(timeout=90)
-    if code:
-        raise KvartoError(f"the server ended with exit code {code}")
+    server = ServerProcess(
+        [MODEL, "--max-model-len", "2048"], lambda line: console.print(f"[dim]{line}", soft_wrap=True))
+    console.print("$ kvarto serve " + " ".join(server.arguments))
+    with contextlib.ExitStack() as stack:
+        with console.status("starting Ray, the Head, a rank and the HTTP server"):
+            stack.enter_context(server)
+        asyncio.run(_talk(server.url))
     console.print("the server has ended cleanly")
     return 0
-
-
-def _free_port() -> int:
-    # Below the range that the kernel hands out: Ray's own processes would take one of those before the server does.
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise KvartoError("no free port from 20000 to 31999")
-
-
-def _show_log(server: subprocess.Popen[str], ready: threading.Event) -> None:
-    assert server.stderr is not None
-    for line in server.stderr:
-        console.print(f"[dim]{line.rstrip()}", soft_wrap=True)
-        if line.startswith("ready after"):
-            ready.set()
-
-
-def _wait_until_ready(server: subprocess.Popen[str], ready: threading.Event) -> None:
-    deadline = time.monotonic() + START_S
-    with console.status("starting Ray, the Head, a rank and the HTTP server"):
-        while not ready.wait(0.2):
-            if server.poll() is not None:
-                raise KvartoError(f"the server ended with exit code {server.returncode} before it was ready")
-            if time.monotonic() > deadline:
-                raise KvartoError(f"the server was not ready within {START_S:g} s")
 
 
 async def _talk(url: str) -> None:

@@ -52,6 +52,8 @@ class Accounting:
             "slots_used": self.slots_used,
             "slots_allocated": self.slots_allocated,
             "kv_waste": _share(self.slots_allocated - self.slots_used, self.slots_allocated),
+            "blocks_used": self.blocks_used,
+            "table_entries": self.table_entries,
             "saved_by_sharing": _share(self.table_entries - self.blocks_used, self.table_entries),
             "prefix_queried_tokens": scheduler.admitter.num_queried_tokens,
             "prefix_hit_tokens": scheduler.admitter.num_hit_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ def read_trace(path: Path) -> list[TraceRequest]:
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"the trace {path} must be a JSON list of at least one {_EXAMPLE}")
     return [_request(path, number, entry) for number, entry in enumerate(entries)]
+
+
+def rotated(requests: Sequence[TraceRequest], places: int) -> list[TraceRequest]:
+    """The same requests with each prompt turned by `places` tokens: as long, and unknown to a prefix cache."""
+    return [TraceRequest(request.prompt[turn:] + request.prompt[:turn], request.output_len)
+            for request in requests for turn in [places % len(request.prompt)]]
 
 
 def _request(path: Path, number: int, entry: Any) -> TraceRequest:

@@ -176,7 +176,13 @@ def running(frontend, get_frontend=None, config=None) -> Iterator[str]:
     async def same():
         return frontend
 
-    app = create_app(get_frontend or same, config or frontend.config)
+    with serving_app(create_app(get_frontend or same, config or frontend.config)) as url:
+        yield url
+
+
+@contextmanager
+def serving_app(app) -> Iterator[str]:
+    """The base URL of `app`, until the context is left."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))

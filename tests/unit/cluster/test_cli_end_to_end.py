@@ -152,3 +152,32 @@ def test_latency_is_one_json_line(run, model):
     assert report["tpot_ms"] > 0
     assert {key: report[key] for key in ("input_len", "output_len", "num_iters")} == {
         "input_len": 20, "output_len": 5, "num_iters": 3}
+
+
+def test_prefix_finds_all_full_blocks_of_the_shared_tokens_but_the_first_time(run, model):
+    result = run("bench", "prefix", "--model", model, *ENGINE, "--prefix-len", 40, "--own-len", 5, "--output-len", 3,
+                 "--num-requests", 4, "--num-rounds", 2)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    # Two of the prefix's blocks of 16 are full; the first request of a round computes them for the other three.
+    assert report["hit_share"] == pytest.approx(3 * 32 / (4 * 45), abs=1e-5)
+    assert report["out_tok_per_s_with"] / report["out_tok_per_s_without"] == pytest.approx(report["speedup"], rel=0.01)
+
+
+def test_sampling_counts_the_blocks_that_sharing_saves(run, model):
+    result = run("bench", "sampling", "--model", model, *ENGINE, "--n", 4, "--beam-width", 2, "--input-len", 32,
+                 "--output-len", 8, "--num-requests", 2, "--num-rounds", 1)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    # Of a request, in the step of its prompt: four tables with the same two blocks. In each of the seven steps after it
+    # every table has a third block of its own.
+    assert report["parallel"]["blocks_saved"] == pytest.approx(1 - (2 + 7 * 6) / (8 + 7 * 12), abs=1e-5)
+    assert 0 < report["beams"]["blocks_saved"] <= 0.5
+    assert report["parallel"]["tok_per_s_shared"] > 0
+
+
+@pytest.mark.parametrize("command", ["prefix", "sampling"])
+def test_the_prefix_cache_is_not_a_choice_where_the_benchmark_makes_it(run, model, command):
+    result = run("bench", command, "--model", model, "--no-enable-prefix-caching")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: enable_prefix_caching cannot be set here")

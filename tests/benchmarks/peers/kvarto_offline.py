@@ -1,0 +1,26 @@
+"""kvarto's `LLM(...)` as a child of `offline.py`. Usage: kvarto_offline.py MODEL OPTIONS, the options as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from child import answer, private_stdout
+
+from kvarto import LLM, SamplingParams
+
+
+def main() -> None:
+    stdout = private_stdout()
+    with LLM(sys.argv[1], **json.loads(sys.argv[2])) as llm:
+
+        def generate(prompts: list[list[int]], output_lens: list[int]) -> int:
+            params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in output_lens]
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+        answer(stdout, generate)
+
+
+if __name__ == "__main__":
+    main()
