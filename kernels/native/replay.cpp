@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "rows.h"
+#include "team.h"
 
 namespace {
 
@@ -75,9 +76,7 @@ constexpr int32_t (*RUN[KVARTO_NUM_OPS])(const KvartoOp&, const KvartoStep&, int
     norm, rotate, gate, linear, write_kv, quantize_blocks, attend,
 };
 
-}  // namespace
-
-extern "C" int32_t kvarto_replay(const KvartoOp* ops, int64_t num_ops, const KvartoStep* step, int64_t* detail) {
+int32_t run_all(const KvartoOp* ops, int64_t num_ops, const KvartoStep* step, int64_t* detail) {
   int64_t before = step->nanoseconds ? now() : 0;
   for (int64_t i = 0; i < num_ops; ++i) {
     if (const int32_t status = RUN[ops[i].kind](ops[i], *step, detail)) return status;
@@ -88,4 +87,12 @@ extern "C" int32_t kvarto_replay(const KvartoOp* ops, int64_t num_ops, const Kva
     }
   }
   return KVARTO_OK;
+}
+
+}  // namespace
+
+extern "C" int32_t kvarto_replay(const KvartoOp* ops, int64_t num_ops, const KvartoStep* step, int64_t* detail) {
+  int32_t status = KVARTO_OK;
+  kvarto::with_team(step->num_threads, [&] { status = run_all(ops, num_ops, step, detail); });
+  return status;
 }

@@ -1,11 +1,10 @@
 // Shares the tokens of a row op out among threads.
 #include "rows.h"
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "isa.h"
+#include "team.h"
 
 namespace {
 
@@ -15,15 +14,8 @@ template <class Call>
 int32_t run(const Call& call, int64_t elements_per_token, void (*kernel)(const Call&, int64_t, int64_t)) {
   const int64_t most = call.num_tokens * elements_per_token < SERIAL_ELEMENTS ? 1 : call.num_threads;
   const int threads = (int)std::max<int64_t>(1, std::min(most, call.num_tokens));
-  if (threads == 1) {
-    kernel(call, 0, call.num_tokens);
-    return KVARTO_OK;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t thread = omp_get_thread_num();
-    kernel(call, call.num_tokens * thread / threads, call.num_tokens * (thread + 1) / threads);
-  }
+  kvarto::parallel_ranges(threads, call.num_tokens,
+                          [&](int, int64_t begin, int64_t end) { kernel(call, begin, end); });
   return KVARTO_OK;
 }
 
