@@ -1,11 +1,10 @@
 // Cuts a ragged batch into tiles of about equal work and shares them out among threads.
-#include <omp.h>
-
 #include <algorithm>
 #include <new>
 #include <vector>
 
 #include "isa.h"
+#include "team.h"
 
 namespace kvarto {
 namespace {
@@ -179,14 +178,12 @@ void run(const KvartoAttention& call, const AttentionKernels& kernels) {
   const int64_t num_jobs = jobs.size(), num_split = split.size();
   const int threads = (int)std::max<int64_t>(1, std::min(budget, num_jobs));
   float* scratch = reserve(scratch_memory, scratch_size * threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    float* mine = scratch + omp_get_thread_num() * scratch_size;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_jobs; ++i) kernels.attend[call.cache.dtype](call, jobs[i].tile, mine);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_split; ++i) kernels.combine(call, split[i].tile, mine);
-  }
+  parallel_jobs(threads, num_jobs, [&](int thread, int64_t i) {
+    kernels.attend[call.cache.dtype](call, jobs[i].tile, scratch + thread * scratch_size);
+  });
+  parallel_jobs(threads, num_split, [&](int thread, int64_t i) {
+    kernels.combine(call, split[i].tile, scratch + thread * scratch_size);
+  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "quantize.h"
+#include "team.h"
 
 namespace {
 
@@ -44,8 +45,8 @@ extern "C" int32_t kvarto_write_kv(const KvartoCacheWrite* call, int64_t* detail
   const RowWriter write{*cache, dtype, kvarto::find_isa(call->isa)->linear->to_float[dtype]};
   char* data = (char*)cache->data + call->layer * 2 * side;
   const bool parallel = num_threads > 1 && num_tokens * cache->num_kv_heads * row > 256 * 1024;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-  for (int64_t t = 0; t < num_tokens; ++t) {
+  kvarto::parallel_ranges(parallel ? num_threads : 1, num_tokens, [&](int, int64_t begin, int64_t end) {
+   for (int64_t t = begin; t < end; ++t) {
     char* out = data + slot_mapping[t] / cache->block_size * block;
     const int64_t offset = slot_mapping[t] % cache->block_size;
     const char* key_in = (const char*)call->key + t * call->key_stride * size;
@@ -54,6 +55,7 @@ extern "C" int32_t kvarto_write_kv(const KvartoCacheWrite* call, int64_t* detail
       write(key_in, out, offset);
       write(value_in, out + side, offset);
     }
-  }
+   }
+  });
   return KVARTO_OK;
 }

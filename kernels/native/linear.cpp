@@ -1,12 +1,11 @@
 // Packs weights into panels and shares panels x row blocks out among threads.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 #include <new>
 #include <vector>
 
 #include "isa.h"
+#include "team.h"
 
 namespace kvarto {
 namespace {
@@ -56,21 +55,17 @@ void run(const KvartoLinear& call, const LinearKernels& kernels) {
   float *wide = memory.data(), *scratch = wide + wide_size;
   const void* x = as_it_is ? call.x : wide;
   const int64_t x_stride = as_it_is ? call.x_stride : wide_stride;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    float* mine = scratch + omp_get_thread_num() * scratch_size;
-    if (!as_it_is) {
-      const int64_t row_bytes = call.x_stride * element_size(call.x_dtype);
-#pragma omp for schedule(static)
-      for (int64_t m = 0; m < call.m; ++m)
+  if (!as_it_is) {
+    const int64_t row_bytes = call.x_stride * element_size(call.x_dtype);
+    parallel_ranges(threads, call.m, [&](int, int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m)
         kernels.to_float[call.x_dtype]((const char*)call.x + m * row_bytes, call.k, wide + m * wide_stride);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t job = 0; job < num_jobs; ++job) {
-      const int64_t m = job % num_blocks * block;
-      multiply(call, x, x_stride, job / num_blocks, m, std::min(m + block, call.m), mine);
-    }
+    });
   }
+  parallel_jobs(threads, num_jobs, [&](int thread, int64_t job) {
+    const int64_t m = job % num_blocks * block;
+    multiply(call, x, x_stride, job / num_blocks, m, std::min(m + block, call.m), scratch + thread * scratch_size);
+  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "int4.h"
 #include "isa.h"
+#include "team.h"
 
 namespace kvarto {
 namespace {
@@ -133,8 +134,7 @@ extern "C" int32_t kvarto_quantize_blocks(const KvartoQuantization* call, int64_
                            int4_head(residual->block_size, residual->head_dim), row_bytes};
   const int64_t num_jobs = num_blocks * num_heads;
   const bool parallel = call->num_threads > 1 && num_jobs * head_bytes > 64 * 1024;
-#pragma omp parallel for schedule(static) num_threads(call->num_threads) if (parallel)
-  for (int64_t job = 0; job < num_jobs; ++job) {
+  parallel_jobs(parallel ? call->num_threads : 1, num_jobs, [&](int, int64_t job) {
     const int64_t i = job / num_heads, head = job % num_heads;
     const char* rows = (const char*)residual->data + head * head_bytes +
                        (residual_blocks[i] * residual->num_layers + call->residual_layer) * 2 * side_bytes;
@@ -142,6 +142,6 @@ extern "C" int32_t kvarto_quantize_blocks(const KvartoQuantization* call, int64_
     char* codes = (char*)cache->data + out * quantize.layout.bytes;
     quantize.keys(rows, codes);
     quantize.values(rows + side_bytes, codes);
-  }
+  });
   return KVARTO_OK;
 }

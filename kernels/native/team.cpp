@@ -9,7 +9,7 @@
 namespace kvarto {
 namespace {
 
-constexpr int SPINS = 4096;  // then the core is offered to others at every turn
+constexpr int SPINS = 128;  // some microseconds; then the core is offered to others at every turn
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
