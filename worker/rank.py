@@ -22,7 +22,7 @@ from .fingerprint import fingerprint
 from .kv_groups import block_bytes, cache_shape, kv_dtype
 from .layout import TPLayout
 from .memory import available_bytes
-from .pool_memory import empty_pool
+from .pool_memory import empty_pool, populate
 from .sampling import Sampler
 from .sparsity import Sparsity
 from .step_sampling import StepSampling
@@ -89,6 +89,9 @@ class Rank:
                             config.kv_cache_dtype),
                 kv_dtype(group, self._dtype, config.kv_cache_dtype), self._device)
             for group, count in zip(self._decoder.kv_groups, num_blocks, strict=True)]
+        if self._device.type == "cpu":
+            for cache in self._caches:
+                populate(cache)
         self._mover = BlockMover(self._caches, num_host_blocks, self._disk)
         if backend(self._device.type).startswith("native"):
             self._decoder.record(self._caches, config.max_num_batched_tokens)

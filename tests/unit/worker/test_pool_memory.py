@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvarto.worker.pool_memory import empty_pool
+from kvarto.worker import pool_memory
+from kvarto.worker.pool_memory import empty_pool, populate
 
 CPU = torch.device("cpu")
 
@@ -31,3 +32,30 @@ def test_a_large_pool_is_advised_to_huge_pages():
         elif inside and first == "VmFlags:":
             flags = line.split()
     assert "hg" in flags
+
+
+def resident_bytes(pool):
+    """Of the mapping that holds the middle of a pool."""
+    address, inside = pool.data_ptr() + pool.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "Rss:":
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the pool is mapped nowhere")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is resident")
+def test_the_beginning_of_a_pool_is_had_before_it_is_used(monkeypatch):
+    monkeypatch.setattr(pool_memory, "POPULATED_BYTES", 24 * 2**20)
+    pool = empty_pool((64, 2**20), torch.int8, CPU)
+    before = resident_bytes(pool)
+    populate(pool).join(20)
+    assert 20 * 2**20 <= resident_bytes(pool) - before <= 24 * 2**20
+
+
+def test_a_pool_smaller_than_a_page_needs_none():
+    pool = empty_pool((3, 5), torch.float16, CPU)
+    populate(pool).join(20)
