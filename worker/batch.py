@@ -166,19 +166,19 @@ def build(layout: StepLayout, table: SequenceTable, device: torch.device) -> For
     max_blocks = -(-int(layout.row_ends.max()) // table.block_size)
     block_index, offset = np.divmod(positions - np.repeat(layout.dropped, layout.counts), table.block_size)
 
-    def tensor(array: npt.NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, dtype)
+    def tensor(array: npt.NDArray[np.generic], dtype: type[np.int32] | type[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device)
 
     return ForwardBatch(
-        token_ids=tensor(table.token_ids[token_rows, positions], torch.int64),
-        positions=tensor(positions, torch.int64),
-        query_start_loc=tensor(layout.query_start_loc, torch.int32),
-        kv_lens=tensor(layout.row_ends, torch.int32),
-        block_tables=[tensor(blocks[layout.rows, :max_blocks], torch.int32) for blocks in table.block_tables],
+        token_ids=tensor(table.token_ids[token_rows, positions], np.int64),
+        positions=tensor(positions, np.int64),
+        query_start_loc=tensor(layout.query_start_loc, np.int32),
+        kv_lens=tensor(layout.row_ends, np.int32),
+        block_tables=[tensor(blocks[layout.rows, :max_blocks], np.int32) for blocks in table.block_tables],
         slot_mapping=[
-            tensor(blocks[token_rows, block_index].astype(np.int64) * table.block_size + offset, torch.int64)
+            tensor(blocks[token_rows, block_index].astype(np.int64) * table.block_size + offset, np.int64)
             for blocks in table.block_tables],
-        filled_blocks=[tensor(block_ids, torch.int64) for block_ids in _filled(layout, table)],
+        filled_blocks=[tensor(block_ids, np.int64) for block_ids in _filled(layout, table)],
     )
 
 
