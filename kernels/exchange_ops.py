@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import backend, native_library
-from .checks import DTYPE_NUMBERS, REFERENCE, check_device, check_dtype, dense
+from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check_device, check_dtype, dense
 from .native.library import NativeAllGather, NativeAllReduce, NativeBroadcast, NativeExchangeConfig, NativeLibrary
 
 MAX_RANKS = 64
@@ -32,7 +32,7 @@ class ExchangeError(RuntimeError):
 
 def supported() -> bool:
     """Whether the backend in use has collectives."""
-    return backend("cpu") != REFERENCE
+    return backend("cpu") not in (REFERENCE, TRITON)
 
 
 def region_bytes(world_size: int) -> int:
