@@ -164,6 +164,20 @@ def test_ranks_that_sleep_are_woken_by_an_abort():
     assert max(ended) - aborted < 0.3
 
 
+def test_ranks_that_sleep_are_woken_by_the_last_to_come():
+    first, second = make_group(2)
+    waits = []
+    for _ in range(15):
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(lambda: (first.all_reduce(torch.ones(1)), time.monotonic())[1])
+            time.sleep(0.03)
+            came = time.monotonic()
+            second.all_reduce(torch.ones(1))
+            waits.append(waiting.result() - came)
+    # A sleeper that nobody wakes looks by itself every 20 ms.
+    assert sorted(waits)[7] < 0.004
+
+
 def test_a_collective_that_all_have_joined_ends_well_though_one_leaves_then():
     for _ in range(200):
         group = make_group(2)

@@ -12,8 +12,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from kvarto.kernels.exchange_ops import supported
-from kvarto.worker.collectives import serve_store
 from kvarto.worker.collectives import region as region_module
+from kvarto.worker.collectives import serve_store
 
 from .exchange_ranks import line, start
 
