@@ -6,12 +6,12 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .backends import backend, native_library
+from .backends import backend, native_library, raise_for
 from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check_device, check_dtype, dense
 from .native.library import NativeAllGather, NativeAllReduce, NativeBroadcast, NativeExchangeConfig, NativeLibrary
 
@@ -20,14 +20,6 @@ SLOT_BYTES = 1 << 18
 """Longer messages go in pieces. Two slots of each of a few ranks stay in the cache."""
 SPIN_S = 100e-6
 """Longer than ranks are apart in a step of one sequence, and some times what sleeping and being woken takes."""
-
-# Keyed by the status of abi.h; {} is the rank waited for.
-_LOST = {14: "rank {} died", 15: "rank {} did not come in time", 16: "rank {} is in another collective",
-         17: "another rank left or gave up"}
-
-
-class ExchangeError(RuntimeError):
-    """A collective failed because of another rank; all later ones of the exchange fail too."""
 
 
 def supported() -> bool:
@@ -89,12 +81,12 @@ class Exchange:
             ValueError: a wrong layout or device.
             ExchangeError: another rank is gone, late or elsewhere.
         """
-        self.raise_for(self._library.all_reduce(self.all_reduce_call(tensor)))
+        _submit(self._library.all_reduce, self.all_reduce_call(tensor))
         return tensor
 
     def all_reduce_call(self, tensor: Tensor) -> NativeAllReduce:
         """What `all_reduce` hands to the library. It can be made again and again, with other `data` and `num_tokens`,
-        as long as the exchange lives; `raise_for` is for its status. Raises as `all_reduce` does."""
+        as long as the exchange lives. Raises as `all_reduce` does."""
         name = backend("cpu")
         check_dtype("tensor", tensor)
         check_device("tensor", tensor, name)
@@ -117,7 +109,7 @@ class Exchange:
         _check_bytes(tensor)
         out = tensor.new_empty((self.world_size, *tensor.shape))
         call = NativeAllGather(self._handle, tensor.data_ptr(), out.data_ptr(), tensor.nbytes)
-        self.raise_for(self._library.all_gather(call))
+        _submit(self._library.all_gather, call)
         return out
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
@@ -126,7 +118,7 @@ class Exchange:
         _check_bytes(tensor)
         if not 0 <= source < self.world_size:
             raise ValueError(f"rank {source} of {self.world_size} does not exist")
-        self.raise_for(self._library.broadcast(NativeBroadcast(self._handle, tensor.data_ptr(), tensor.nbytes, source)))
+        _submit(self._library.broadcast, NativeBroadcast(self._handle, tensor.data_ptr(), tensor.nbytes, source))
         return tensor
 
     def abort(self) -> None:
@@ -134,10 +126,10 @@ class Exchange:
         called from any thread, more than once."""
         self._library.abort_exchange(self._handle)
 
-    def raise_for(self, status: int) -> None:
-        """Raises `ExchangeError` if a call has not gone well."""
-        if status != 0:
-            raise ExchangeError(_LOST[status].format(self._library.lost_rank(self._handle)))
+
+def _submit(function: Callable[..., int], call: ctypes.Structure) -> None:
+    detail = ctypes.c_int64()
+    raise_for(function(call, detail), detail.value)
 
 
 def _check_bytes(tensor: Tensor) -> None:

@@ -34,7 +34,7 @@ enum KvartoStatus : int32_t {
   KVARTO_BAD_TARGET_BLOCK = 11,
   KVARTO_BAD_RESIDUAL_BLOCK = 12,  // detail: the sequence
   KVARTO_BAD_QUANTIZED_BLOCK = 13, // detail: the entry
-  KVARTO_RANK_DIED = 14,           // kvarto_lost_rank: which; so in the next two
+  KVARTO_RANK_DIED = 14,           // detail: which; so in the next two
   KVARTO_RANK_LATE = 15,
   KVARTO_OTHER_COLLECTIVE = 16,
   KVARTO_EXCHANGE_ABORTED = 17,

@@ -44,8 +44,8 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<u
 enum Kind : uint64_t { ALL_REDUCE = 1, ALL_GATHER, BROADCAST };
 
 // Equal on ranks that make the same call.
-uint64_t tag_of(Kind kind, int32_t detail, int64_t num_bytes) {
-  return (uint64_t)num_bytes << 16 | (uint64_t)detail << 4 | kind;
+uint64_t tag_of(Kind kind, int32_t dtype_or_source, int64_t num_bytes) {
+  return (uint64_t)num_bytes << 16 | (uint64_t)dtype_or_source << 4 | kind;
 }
 
 int64_t now_ns() {
@@ -79,15 +79,15 @@ struct KvartoExchange {
   RankState* states;  // [world_size]
   char* slots;        // [2, world_size, slot_bytes]
   int64_t slot_bytes, timeout_ns, spin_ns;
-  int32_t rank, world_size, lost_rank;
+  int32_t rank, world_size;
   pollfd peers[MAX_RANKS];
 
   char* slot(uint32_t piece, int32_t of_rank) const {
     return slots + ((piece / PUBLISHED % 2) * world_size + of_rank) * slot_bytes;
   }
 
-  int32_t fail(KvartoStatus status, int32_t at_rank) {
-    lost_rank = at_rank;
+  int32_t fail(KvartoStatus status, int32_t lost_rank, int64_t* detail) {
+    *detail = lost_rank;
     abort();
     return status;
   }
@@ -100,15 +100,15 @@ struct KvartoExchange {
   }
 
   // What a wait may do by now; KVARTO_OK: go on waiting.
-  int32_t look(int32_t waits_for, int64_t deadline_ns) {
+  int32_t look(int32_t waits_for, int64_t deadline_ns, int64_t* detail) {
     if (poll(peers, world_size, 0) > 0)
       for (int32_t r = 0; r < world_size; ++r)
-        if (peers[r].revents) return fail(KVARTO_RANK_DIED, r);
-    return now_ns() >= deadline_ns ? fail(KVARTO_RANK_LATE, waits_for) : (int32_t)KVARTO_OK;
+        if (peers[r].revents) return fail(KVARTO_RANK_DIED, r, detail);
+    return now_ns() >= deadline_ns ? fail(KVARTO_RANK_LATE, waits_for, detail) : (int32_t)KVARTO_OK;
   }
 
   // Until `peer` has published what makes its count `target`.
-  int32_t wait(int32_t peer, uint32_t target, int64_t deadline_ns) {
+  int32_t wait(int32_t peer, uint32_t target, int64_t deadline_ns, int64_t* detail) {
     RankState& state = states[peer];
     const auto published = [&](uint32_t word) { return (int32_t)((word & ~ABORTED) - target) >= 0; };
     if (published(state.progress.load(std::memory_order_acquire))) return KVARTO_OK;
@@ -124,7 +124,7 @@ struct KvartoExchange {
     state.num_sleepers.fetch_add(1);
     int32_t status = KVARTO_OK;
     for (uint32_t word; status == KVARTO_OK && !published(word = state.progress.load());) {
-      status = word & ABORTED ? (int32_t)KVARTO_EXCHANGE_ABORTED : look(peer, deadline_ns);
+      status = word & ABORTED ? (int32_t)KVARTO_EXCHANGE_ABORTED : look(peer, deadline_ns, detail);
       if (status == KVARTO_OK) sleep_on(state.progress, word, SLEEP_NS);
     }
     state.num_sleepers.fetch_sub(1);
@@ -134,7 +134,7 @@ struct KvartoExchange {
   // write(slot, offset, bytes) puts a piece of this rank's message into its slot; read(piece, offset, bytes) takes it
   // from those of all ranks.
   template <class Write, class Read>
-  int32_t run(uint64_t tag, int64_t num_bytes, const Write& write, const Read& read) {
+  int32_t run(uint64_t tag, int64_t num_bytes, int64_t* detail, const Write& write, const Read& read) {
     RankState& own = states[rank];
     const int64_t deadline_ns = now_ns() + timeout_ns;
     int64_t offset = 0;
@@ -148,8 +148,8 @@ struct KvartoExchange {
       if (own.num_sleepers.load()) wake_all(own.progress);
       for (int32_t r = 0; r < world_size; ++r) {
         if (r == rank) continue;
-        if (const int32_t status = wait(r, word + PUBLISHED, deadline_ns)) return status;
-        if (states[r].tags[word / PUBLISHED % 2] != tag) return fail(KVARTO_OTHER_COLLECTIVE, r);
+        if (const int32_t status = wait(r, word + PUBLISHED, deadline_ns, detail)) return status;
+        if (states[r].tags[word / PUBLISHED % 2] != tag) return fail(KVARTO_OTHER_COLLECTIVE, r, detail);
       }
       read(word, offset, bytes);
       offset += bytes;
@@ -190,7 +190,7 @@ KvartoExchange* kvarto_open_exchange(const KvartoExchangeConfig* config) {
   exchange->slot_bytes = config->slot_bytes;
   exchange->timeout_ns = config->timeout_ns;
   exchange->spin_ns = config->spin_ns;
-  exchange->rank = exchange->lost_rank = config->rank;
+  exchange->rank = config->rank;
   exchange->world_size = config->world_size;
   for (int32_t r = 0; r < config->world_size; ++r) exchange->peers[r] = {config->peer_fds[r], POLLIN, 0};
   return exchange;
@@ -200,15 +200,13 @@ void kvarto_close_exchange(KvartoExchange* exchange) { delete exchange; }
 
 void kvarto_abort_exchange(KvartoExchange* exchange) { exchange->abort(); }
 
-int32_t kvarto_lost_rank(const KvartoExchange* exchange) { return exchange->lost_rank; }
-
-int32_t kvarto_all_reduce(const KvartoAllReduce* call) {
+int32_t kvarto_all_reduce(const KvartoAllReduce* call, int64_t* detail) {
   KvartoExchange& exchange = *call->exchange;
   const auto sum = find_isa(call->isa)->exchange->sum[call->dtype];
   const int64_t size = element_size(call->dtype), num_bytes = call->num_tokens * call->dim * size;
   char* const data = (char*)call->data;
   return exchange.run(
-      tag_of(ALL_REDUCE, call->dtype, num_bytes), num_bytes,
+      tag_of(ALL_REDUCE, call->dtype, num_bytes), num_bytes, detail,
       [&](char* slot, int64_t offset, int64_t bytes) {
         share(bytes, bytes, call->num_threads,
               [&](int64_t begin, int64_t end) { memcpy(slot + begin, data + offset + begin, end - begin); });
@@ -222,12 +220,12 @@ int32_t kvarto_all_reduce(const KvartoAllReduce* call) {
       });
 }
 
-int32_t kvarto_all_gather(const KvartoAllGather* call) {
+int32_t kvarto_all_gather(const KvartoAllGather* call, int64_t* detail) {
   KvartoExchange& exchange = *call->exchange;
   const char* const data = (const char*)call->data;
   char* const out = (char*)call->out;
   return exchange.run(
-      tag_of(ALL_GATHER, 0, call->num_bytes), call->num_bytes,
+      tag_of(ALL_GATHER, 0, call->num_bytes), call->num_bytes, detail,
       [&](char* slot, int64_t offset, int64_t bytes) { memcpy(slot, data + offset, bytes); },
       [&](uint32_t piece, int64_t offset, int64_t bytes) {
         for (int32_t r = 0; r < exchange.world_size; ++r)
@@ -235,11 +233,11 @@ int32_t kvarto_all_gather(const KvartoAllGather* call) {
       });
 }
 
-int32_t kvarto_broadcast(const KvartoBroadcast* call) {
+int32_t kvarto_broadcast(const KvartoBroadcast* call, int64_t* detail) {
   KvartoExchange& exchange = *call->exchange;
   char* const data = (char*)call->data;
   return exchange.run(
-      tag_of(BROADCAST, call->source, call->num_bytes), call->num_bytes,
+      tag_of(BROADCAST, call->source, call->num_bytes), call->num_bytes, detail,
       [&](char* slot, int64_t offset, int64_t bytes) {
         if (exchange.rank == call->source) memcpy(slot, data + offset, bytes);
       },

@@ -23,7 +23,6 @@ void kvarto_close_exchange(KvartoExchange* exchange);                      // fr
 // Calls of all ranks fail from now on, those that wait too, unless all ranks have already given their part of it. May
 // be called while another thread is in a call.
 void kvarto_abort_exchange(KvartoExchange* exchange);
-int32_t kvarto_lost_rank(const KvartoExchange* exchange);  // whom the call that failed waited for
 
 // Sums over the ranks, in place: in float32, in rank order, rounded once. An element's bits depend on nothing but the
 // elements at its place.
@@ -48,9 +47,9 @@ struct KvartoBroadcast {
   int32_t source;
 };
 
-int32_t kvarto_all_reduce(const KvartoAllReduce* call);
-int32_t kvarto_all_gather(const KvartoAllGather* call);
-int32_t kvarto_broadcast(const KvartoBroadcast* call);
+int32_t kvarto_all_reduce(const KvartoAllReduce* call, int64_t* detail);
+int32_t kvarto_all_gather(const KvartoAllGather* call, int64_t* detail);
+int32_t kvarto_broadcast(const KvartoBroadcast* call, int64_t* detail);
 }
 
 namespace kvarto {

@@ -269,14 +269,12 @@ class NativeLibrary:
         self.abort_exchange = library.kvarto_abort_exchange
         self.abort_exchange.argtypes = [c_void_p]
         self.abort_exchange.restype = None
-        self.lost_rank = library.kvarto_lost_rank
-        self.lost_rank.argtypes = [c_void_p]
         self.all_reduce = library.kvarto_all_reduce
-        self.all_reduce.argtypes = [POINTER(NativeAllReduce)]
+        self.all_reduce.argtypes = [POINTER(NativeAllReduce), detail]
         self.all_gather = library.kvarto_all_gather
-        self.all_gather.argtypes = [POINTER(NativeAllGather)]
+        self.all_gather.argtypes = [POINTER(NativeAllGather), detail]
         self.broadcast = library.kvarto_broadcast
-        self.broadcast.argtypes = [POINTER(NativeBroadcast)]
+        self.broadcast.argtypes = [POINTER(NativeBroadcast), detail]
         self.isas = _runnable_isas(library)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.exchange_ops import Exchange, ExchangeError
+from ...kernels.backends import ExchangeError
+from ...kernels.exchange_ops import Exchange
 from ...protos.errors import UnavailableError
 from .communicator import Communicator
 
