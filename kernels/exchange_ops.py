@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends import backend, native_library, raise_for
 from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check_device, check_dtype, dense
-from .native.library import NativeAllGather, NativeAllReduce, NativeBroadcast, NativeExchangeConfig, NativeLibrary
+from .native.exchange import ExchangeFunctions, NativeAllGather, NativeAllReduce, NativeBroadcast, NativeExchangeConfig
 
 MAX_RANKS = 64
 SLOT_BYTES = 1 << 18
@@ -29,7 +29,7 @@ def supported() -> bool:
 
 def region_bytes(world_size: int) -> int:
     """Size of the memory that `world_size` ranks share."""
-    return int(native_library().exchange_bytes(world_size, SLOT_BYTES))
+    return int(native_library().exchange.region_bytes(world_size, SLOT_BYTES))
 
 
 class Exchange:
@@ -57,18 +57,18 @@ class Exchange:
             raise ValueError(f"{len(peer_fds)} descriptors for {world_size} ranks")
         self.rank = rank
         self.world_size = world_size
-        self._library = native_library()
+        self._functions = native_library().exchange
         self._region = region
         fds = (ctypes.c_int32 * world_size)(*(peer_fds or [-1] * world_size))
         # Who shares a core with a peer does not keep it from what it waits for.
         spin_s = SPIN_S if len(os.sched_getaffinity(0)) >= world_size else 0.0
-        self._handle = self._library.open_exchange(NativeExchangeConfig(
+        self._handle = self._functions.open(NativeExchangeConfig(
             ctypes.addressof(ctypes.c_char.from_buffer(region)), ctypes.addressof(fds), SLOT_BYTES,
             int(timeout_s * 1e9), int(spin_s * 1e9), rank, world_size))
         if self._handle is None:
             raise MemoryError("the native kernels could not get their working memory")
         # Not at exit: a thread may still be in a call then, and the process takes everything with it.
-        weakref.finalize(self, _close, self._library, self._handle, region, tuple(peer_fds)).atexit = False
+        weakref.finalize(self, _close, self._functions, self._handle, region, tuple(peer_fds)).atexit = False
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks, in place: in float32, in rank order, rounded once. Returns it.
@@ -81,7 +81,7 @@ class Exchange:
             ValueError: a wrong layout or device.
             ExchangeError: another rank is gone, late or elsewhere.
         """
-        _submit(self._library.all_reduce, self.all_reduce_call(tensor))
+        _submit(self._functions.all_reduce, self.all_reduce_call(tensor))
         return tensor
 
     def all_reduce_call(self, tensor: Tensor) -> NativeAllReduce:
@@ -94,7 +94,7 @@ class Exchange:
         num_tokens = tensor.shape[0] if tensor.dim() else 1
         dim = tensor.shape[1:].numel()
         return NativeAllReduce(self._handle, tensor.data_ptr(), num_tokens, dim, DTYPE_NUMBERS[tensor.dtype],
-                               self._library.isas[name], torch.get_num_threads())
+                               native_library().isas[name], torch.get_num_threads())
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """`[world_size, *tensor.shape]`: entry r is what rank r gave.
@@ -109,7 +109,7 @@ class Exchange:
         _check_bytes(tensor)
         out = tensor.new_empty((self.world_size, *tensor.shape))
         call = NativeAllGather(self._handle, tensor.data_ptr(), out.data_ptr(), tensor.nbytes)
-        _submit(self._library.all_gather, call)
+        _submit(self._functions.all_gather, call)
         return out
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
@@ -118,13 +118,13 @@ class Exchange:
         _check_bytes(tensor)
         if not 0 <= source < self.world_size:
             raise ValueError(f"rank {source} of {self.world_size} does not exist")
-        _submit(self._library.broadcast, NativeBroadcast(self._handle, tensor.data_ptr(), tensor.nbytes, source))
+        _submit(self._functions.broadcast, NativeBroadcast(self._handle, tensor.data_ptr(), tensor.nbytes, source))
         return tensor
 
     def abort(self) -> None:
         """Let the calls of every rank fail, those that wait too, unless all ranks have already given their part. May be
         called from any thread, more than once."""
-        self._library.abort_exchange(self._handle)
+        self._functions.abort(self._handle)
 
 
 def _submit(function: Callable[..., int], call: ctypes.Structure) -> None:
@@ -137,9 +137,9 @@ def _check_bytes(tensor: Tensor) -> None:
     dense(tensor, "tensor")
 
 
-def _close(library: NativeLibrary, handle: int, region: mmap.mmap, fds: Sequence[int]) -> None:  # noqa: ARG001
+def _close(functions: ExchangeFunctions, handle: int, region: mmap.mmap, fds: Sequence[int]) -> None:  # noqa: ARG001
     # The region, held as long as this is to be called, outlives the handle.
-    library.close_exchange(handle)
+    functions.close(handle)
     for fd in fds:
         if fd >= 0:
             os.close(fd)

@@ -1,5 +1,4 @@
-"""Loads libkvarto_kernels.so and mirrors its C ABI (`abi.h`, `rows.h`, `sparsity.h`, `exchange.h`) for ctypes, which
-releases Python's lock."""
+"""Loads libkvarto_kernels.so and mirrors its C ABI (`abi.h`, `sparsity.h`) for ctypes, which releases Python's lock."""
 
 from __future__ import annotations
 
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 
 # First, so that our library binds to the OpenMP runtime that torch brings and both share its threads.
 import torch
+
+from .exchange import ExchangeFunctions
 
 if TYPE_CHECKING:
     from ctypes import _Pointer
@@ -179,48 +180,6 @@ class NativeGate(ctypes.Structure):
     ]
 
 
-class NativeExchangeConfig(ctypes.Structure):
-    _fields_ = [
-        ("region", c_void_p),
-        ("peer_fds", c_void_p),
-        ("slot_bytes", c_int64),
-        ("timeout_ns", c_int64),
-        ("spin_ns", c_int64),
-        ("rank", c_int32),
-        ("world_size", c_int32),
-    ]
-
-
-class NativeAllReduce(ctypes.Structure):
-    _fields_ = [
-        ("exchange", c_void_p),
-        ("data", c_void_p),
-        ("num_tokens", c_int64),
-        ("dim", c_int64),
-        ("dtype", c_int32),
-        ("isa", c_int32),
-        ("num_threads", c_int32),
-    ]
-
-
-class NativeAllGather(ctypes.Structure):
-    _fields_ = [
-        ("exchange", c_void_p),
-        ("data", c_void_p),
-        ("out", c_void_p),
-        ("num_bytes", c_int64),
-    ]
-
-
-class NativeBroadcast(ctypes.Structure):
-    _fields_ = [
-        ("exchange", c_void_p),
-        ("data", c_void_p),
-        ("num_bytes", c_int64),
-        ("source", c_int32),
-    ]
-
-
 class NativeLibrary:
     """The library's functions, typed, and the instruction sets that it and this processor share.
 
@@ -257,24 +216,7 @@ class NativeLibrary:
         self.rotate.argtypes = [POINTER(NativeRotation)]
         self.gate = library.kvarto_gate
         self.gate.argtypes = [POINTER(NativeGate)]
-        self.exchange_bytes = library.kvarto_exchange_bytes
-        self.exchange_bytes.argtypes = [c_int32, c_int64]
-        self.exchange_bytes.restype = c_int64
-        self.open_exchange = library.kvarto_open_exchange
-        self.open_exchange.argtypes = [POINTER(NativeExchangeConfig)]
-        self.open_exchange.restype = c_void_p
-        self.close_exchange = library.kvarto_close_exchange
-        self.close_exchange.argtypes = [c_void_p]
-        self.close_exchange.restype = None
-        self.abort_exchange = library.kvarto_abort_exchange
-        self.abort_exchange.argtypes = [c_void_p]
-        self.abort_exchange.restype = None
-        self.all_reduce = library.kvarto_all_reduce
-        self.all_reduce.argtypes = [POINTER(NativeAllReduce), detail]
-        self.all_gather = library.kvarto_all_gather
-        self.all_gather.argtypes = [POINTER(NativeAllGather), detail]
-        self.broadcast = library.kvarto_broadcast
-        self.broadcast.argtypes = [POINTER(NativeBroadcast), detail]
+        self.exchange = ExchangeFunctions(library)
         self.isas = _runnable_isas(library)
 
 
