@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 
 import torch
 
+from ...kernels.exchange_ops import MAX_RANKS, Exchange, region_bytes, supported
 from ...protos.errors import UnavailableError
 from .communicator import Communicator, sum_in_order
+from .shared_memory import SharedMemoryCommunicator
+
+
+def thread_group(world_size: int, device_type: str, timeout_s: float) -> list[Communicator]:
+    """The communicators of `world_size` threads: on CPUs with native kernels the one that processes use. `timeout_s` is
+    the deadline of every collective."""
+    if device_type == "cpu" and supported() and world_size <= MAX_RANKS:
+        region = mmap.mmap(-1, region_bytes(world_size))
+        return [SharedMemoryCommunicator(Exchange(region, rank, world_size, timeout_s), timeout_s)
+                for rank in range(world_size)]
+    return [*ThreadCommunicator.group(world_size, timeout_s)]
 
 
 class ThreadCommunicator(Communicator):

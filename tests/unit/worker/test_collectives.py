@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from kvarto.protos.errors import ResourcesError, UnavailableError
-from kvarto.worker.collectives import SingleRank, connect, serve_store
+from kvarto.worker.collectives import SingleRank, connect, serve_store, thread_group
 
 WORLD = 3
 SCRIPT = """
@@ -147,6 +148,41 @@ def test_a_port_in_use_is_an_error():
     with pytest.raises(ResourcesError, match=f"127.0.0.1:{port}"):
         serve_store("127.0.0.1", port)
     del store
+
+
+@pytest.fixture(params=["auto", "reference"])
+def threads(request, monkeypatch):
+    """Three ranks that are threads; a function that lets each do something with its own."""
+    monkeypatch.setenv("KVARTO_KERNELS", request.param)
+    group = thread_group(WORLD, "cpu", timeout_s=2.0)
+
+    def together(work):
+        with ThreadPoolExecutor(WORLD) as pool:
+            return list(pool.map(work, group))
+
+    return together
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_threads_sum_in_float32_and_gather_and_broadcast(threads, dtype):
+    exact = sum(own(rank, dtype).float() for rank in range(WORLD)).to(dtype)
+    assert all(torch.equal(found, exact) for found in threads(lambda comm: comm.all_reduce(own(comm.rank, dtype))))
+    gathered = torch.stack([own(rank, dtype) for rank in range(WORLD)])
+    assert all(torch.equal(found, gathered)
+               for found in threads(lambda comm: comm.all_gather_rows(own(comm.rank, dtype))))
+    for found in threads(lambda comm: comm.broadcast(own(comm.rank, dtype), src=2)):
+        assert torch.equal(found, own(2, dtype))
+
+
+def test_threads_whose_peer_leaves_end_in_an_error(threads):
+    def work(comm):
+        if comm.rank == 1:
+            comm.close()
+            return
+        with pytest.raises(UnavailableError):
+            comm.all_reduce(torch.ones(3))
+
+    threads(work)
 
 
 def test_single_rank_moves_nothing():
