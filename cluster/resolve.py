@@ -68,7 +68,8 @@ class Resolved:
             max_num_batched_tokens=config.max_num_batched_tokens,
             kv_pools=[KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks, residual=group.residual)
                       for count, group in zip(blocks, ranks[0].kv_groups, strict=True)],
-            num_host_blocks=space.tiers.num_host_blocks, kernels=ranks[0].kernels, dtype=self.dtype,
+            num_host_blocks=space.tiers.num_host_blocks, kernels=ranks[0].kernels,
+            collectives=ranks[0].collectives, dtype=self.dtype,
             kv_cache_dtype=self.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
             tp_size=config.tensor_parallel_size, num_groups=config.num_worker_groups, kv_sparsity=config.sparsity)
         scheduler = Scheduler(

@@ -15,7 +15,7 @@ from .checks import REFERENCE, TRITON
 from .native.library import NativeLibrary, load_library
 from .triton import available as triton_available
 
-# Keyed by the status of abi.h; {} is the offending sequence or token.
+# Keyed by the status of abi.h; {} is the offending sequence or token, or the rank.
 STATUS_MESSAGES = {
     2: "query_start_loc must start at 0, never decrease and end at num_tokens; wrong at sequence {}",
     3: "kv_lens: sequence {} holds fewer rows than it has queries, or more than its block table names",
@@ -29,7 +29,16 @@ STATUS_MESSAGES = {
     11: "target_tables: sequence {} names a block outside the cache",
     12: "residual.block_tables: sequence {} names a block outside the cache",
     13: "blocks: entry {} names a block outside its cache",
+    14: "rank {} died",
+    15: "rank {} did not come in time",
+    16: "rank {} is in another collective",
+    17: "another rank left or gave up",
 }
+_FIRST_OF_EXCHANGES = 14
+
+
+class ExchangeError(RuntimeError):
+    """A collective failed because of another rank; all later ones of the exchange fail too."""
 
 
 def available_backends(device_type: str = "cpu") -> tuple[str, ...]:
@@ -84,5 +93,7 @@ def native_library() -> NativeLibrary:
 def raise_for(status: int, detail: int) -> None:
     if status == 1:
         raise MemoryError("the native kernels could not get their working memory")
+    if status >= _FIRST_OF_EXCHANGES:
+        raise ExchangeError(STATUS_MESSAGES[status].format(detail))
     if status != 0:
         raise ValueError(STATUS_MESSAGES[status].format(detail))

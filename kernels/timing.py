@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .native.exchange import NativeAllReduce
 from .native.library import (
     NativeAttention,
     NativeCacheWrite,
@@ -19,9 +20,9 @@ from .native.library import (
 
 KINDS: dict[type[ctypes.Structure], int] = {
     NativeNorm: 0, NativeRotation: 1, NativeGate: 2, NativeLinear: 3, NativeCacheWrite: 4, NativeQuantization: 5,
-    NativeAttention: 6}
+    NativeAttention: 6, NativeAllReduce: 7}
 """Of replay.h."""
-NAMES = ("norm", "rotation", "activation", "linear", "cache_write", "quantization", "attention")
+NAMES = ("norm", "rotation", "activation", "linear", "cache_write", "quantization", "attention", "all_reduce")
 
 Nanoseconds = ctypes.Array[ctypes.c_int64]
 """Per kind."""

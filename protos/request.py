@@ -135,6 +135,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     num_host_blocks: int
     """Blocks of the host pool, to which sequences are swapped out and cached blocks fall."""
     kernels: str
+    collectives: str = "none"
+    """What carries tensors between the ranks of a group."""
     dtype: str
     kv_cache_dtype: str
     """Of the KV cache: a dtype, or how it is quantized."""

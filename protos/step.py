@@ -245,6 +245,8 @@ class RankReady(Struct, kw_only=True, omit_defaults=True):
     """Main memory that it may still take; on a CPU, of the same."""
     kernels: str
     """Name of the kernel backend in use."""
+    collectives: str = "none"
+    """What carries tensors between the ranks: nccl, gloo, shared memory, threads."""
     node: str
     """Host that the rank runs on: ranks of one host share its memory."""
     pid: int

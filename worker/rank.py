@@ -76,8 +76,8 @@ class Rank:
         return RankReady(
             rank=self._config.rank, kv_groups=self._decoder.kv_groups, block_bytes=self._block_bytes,
             available_bytes=available_bytes(self._device), available_host_bytes=available_bytes(torch.device("cpu")),
-            kernels=backend(self._device.type), node=platform.node(), pid=os.getpid(), costs=costs,
-            stored_keys=[] if self._disk is None else self._disk.keys())
+            kernels=backend(self._device.type), collectives=self._comm.name, node=platform.node(), pid=os.getpid(),
+            costs=costs, stored_keys=[] if self._disk is None else self._disk.keys())
 
     def allocate(self, num_blocks: list[int], num_host_blocks: list[int]) -> None:
         """Make the pools: per KV group so many blocks on the device and in host memory (which may be none), and the

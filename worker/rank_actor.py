@@ -44,10 +44,14 @@ class RankActor:
         return self._rank.ready(self._rank.measure())
 
     def run(self, num_blocks: list[int], num_host_blocks: list[int], endpoint: Endpoint) -> None:
-        """Allocate the pools and execute plans until told to end."""
-        self._rank.allocate(num_blocks, num_host_blocks)
-        serve_rank(self._rank, endpoint, epoch=self._config.epoch, rank=self._config.rank,
-                   lease_s=self._config.lease_s)
+        """Allocate the pools and execute plans until told to end. The other ranks wait for this one no longer than
+        that."""
+        try:
+            self._rank.allocate(num_blocks, num_host_blocks)
+            serve_rank(self._rank, endpoint, epoch=self._config.epoch, rank=self._config.rank,
+                       lease_s=self._config.lease_s)
+        finally:
+            self._rank.close()
 
     def _join(self, host: str, port: int) -> Communicator:
         import torch

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 
 from ..kernels import Recording
+from ..kernels.backends import ExchangeError
+from ..protos.errors import UnavailableError
 from .batch import ForwardBatch
 from .rope import Angles
 
@@ -33,12 +35,17 @@ class RecordedLayers:
         return len(self._recording)
 
     def run(self, x: torch.Tensor, angles: list[Angles], batch: ForwardBatch) -> torch.Tensor:
-        """What was recorded, of these tokens; the result stays until the next call. Raises what the ops raise."""
+        """What was recorded, of these tokens; the result stays until the next call. Raises what the ops raise,
+        and `UnavailableError` when another rank is gone."""
         num_tokens = x.shape[0]
         self._x[:num_tokens] = x
         for own, given in zip(self._angles, angles, strict=True):
             own[0][:num_tokens], own[1][:num_tokens] = given
-        self._recording.replay(batch, num_tokens)
+        try:
+            self._recording.replay(batch, num_tokens)
+        except ExchangeError as error:
+            raise UnavailableError(
+                f"a step lost another rank: {error}; the worker group must be started again") from error
         return self._out[:num_tokens]
 
 

@@ -119,7 +119,8 @@ def _announce(config: ServeConfig, infos: list[EngineInfo], seconds: float) -> N
     console.print(
         f"KV cache: {capacity:,} tokens ({info.kv_cache_dtype}) in {blocks} blocks of {info.block_size}; "
         f"{capacity / info.max_model_len:.1f} requests of {info.max_model_len:,} tokens at once")
-    console.print(f"model {config.public_name}: {info.dtype}, tp_size {info.tp_size}, kernels {info.kernels}")
+    console.print(f"model {config.public_name}: {info.dtype}, tp_size {info.tp_size}, kernels {info.kernels}, "
+                  f"collectives {info.collectives}")
     grpc = "" if config.grpc_port is None else f", gRPC at {config.host}:{config.grpc_port}"
     console.print(f"ready after {seconds:.1f} s: http://{config.host}:{config.port}/v1{grpc}")
 

@@ -117,7 +117,8 @@ def _capacity(info: dict[str, Any]) -> Text:
     return Text(
         f"each group: {info['kv_capacity_tokens']:,} tokens of KV cache ({info['kv_cache_dtype']}) in {blocks} blocks "
         f"of {info['block_size']}; at most {info['max_num_seqs']:,} sequences, {info['max_model_len']:,} tokens each\n"
-        f"tp_size {info['tp_size']}, {info['dtype']}, kernels {info['kernels']}")
+        f"tp_size {info['tp_size']}, {info['dtype']}, kernels {info['kernels']}, "
+        f"collectives {info['collectives']}")
 
 
 def _groups(state: dict[str, Any]) -> Table:

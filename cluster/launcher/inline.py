@@ -23,7 +23,7 @@ def start_inline(config: EngineConfig, metrics: Metrics) -> Engine:
     """Load the model and allocate its pools. Raises `ConfigError` and its kin."""
     # Before torch is imported, which is why its users are imported here.
     limit_spinning()
-    from ...worker.collectives import Communicator, SingleRank, ThreadCommunicator
+    from ...worker.collectives import Communicator, SingleRank, thread_group
     from ...worker.devices import has_cuda
     from ...worker.rank import Rank
 
@@ -31,7 +31,7 @@ def start_inline(config: EngineConfig, metrics: Metrics) -> Engine:
     tp_size = config.tensor_parallel_size
     comms: list[Communicator] = [SingleRank()]
     if tp_size > 1:
-        comms = [*ThreadCommunicator.group(tp_size, config.step_timeout_s)]
+        comms = thread_group(tp_size, resolved.device, config.step_timeout_s)
     ranks = [Rank(resolved.rank_config(rank, epoch=1), comm) for rank, comm in enumerate(comms)]
     ready = [rank.ready(cost) for rank, cost in zip(ranks, _measure(ranks), strict=True)]
     blocks, host_blocks = resolved.blocks(ready)

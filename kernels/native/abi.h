@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define KVARTO_ABI_VERSION 8
+#define KVARTO_ABI_VERSION 9
 
 // The first KVARTO_NUM_FLOATS are those of activations and weights; the rest, of codes in a cache, have scales.
 enum KvartoDtype : int32_t {
@@ -34,6 +34,10 @@ enum KvartoStatus : int32_t {
   KVARTO_BAD_TARGET_BLOCK = 11,
   KVARTO_BAD_RESIDUAL_BLOCK = 12,  // detail: the sequence
   KVARTO_BAD_QUANTIZED_BLOCK = 13, // detail: the entry
+  KVARTO_RANK_DIED = 14,           // detail: which; so in the next two
+  KVARTO_RANK_LATE = 15,
+  KVARTO_OTHER_COLLECTIVE = 16,
+  KVARTO_EXCHANGE_ABORTED = 17,
 };
 
 // cache: [num_blocks, num_layers, 2, num_kv_heads, a head], contiguous. A head is [block_size, head_dim] of dtype and,

@@ -13,6 +13,7 @@
   extern const LinearKernels linear_kernels;        \
   extern const RowKernels row_kernels;              \
   extern const ScoreKernels score_kernels;          \
+  extern const ExchangeKernels exchange_kernels;    \
   }
 KVARTO_EACH_ISA(KVARTO_DECLARE)
 
@@ -20,7 +21,8 @@ namespace kvarto {
 namespace {
 
 #define KVARTO_ENTRY(isa) \
-  {#isa, &isa::attention_kernels, &isa::linear_kernels, &isa::row_kernels, &isa::score_kernels},
+  {#isa, &isa::attention_kernels, &isa::linear_kernels, &isa::row_kernels, &isa::score_kernels, \
+   &isa::exchange_kernels},
 const Isa ISAS[] = {KVARTO_EACH_ISA(KVARTO_ENTRY)};
 constexpr int32_t NUM_ISAS = sizeof ISAS / sizeof ISAS[0];
 

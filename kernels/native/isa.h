@@ -2,6 +2,7 @@
 #pragma once
 
 #include "abi.h"
+#include "exchange.h"
 #include "rows.h"
 #include "sparsity.h"
 
@@ -13,6 +14,7 @@ struct Isa {
   const LinearKernels* linear;
   const RowKernels* rows;
   const ScoreKernels* scores;
+  const ExchangeKernels* exchange;
 };
 
 constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications below which waking threads costs more than it saves

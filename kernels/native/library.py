@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 # First, so that our library binds to the OpenMP runtime that torch brings and both share its threads.
 import torch
 
+from .exchange import ExchangeFunctions
+
 if TYPE_CHECKING:
     from ctypes import _Pointer
 
     from ..checks import CacheShape
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
@@ -273,6 +275,7 @@ class NativeLibrary:
         self.packed_elements = library.kvarto_packed_elements
         self.packed_elements.argtypes = [c_int64, c_int64]
         self.packed_elements.restype = c_int64
+        self.exchange = ExchangeFunctions(library)
         self.isas = _runnable_isas(library)
 
 

@@ -3,6 +3,7 @@
 
 #include <chrono>
 
+#include "exchange.h"
 #include "rows.h"
 #include "team.h"
 
@@ -72,8 +73,14 @@ int32_t attend(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
   return kvarto_paged_attention(&call, detail);
 }
 
+int32_t all_reduce(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+  auto call = recorded<KvartoAllReduce>(op, step);
+  call.num_tokens = step.num_tokens;
+  return kvarto_all_reduce(&call, detail);
+}
+
 constexpr int32_t (*RUN[KVARTO_NUM_OPS])(const KvartoOp&, const KvartoStep&, int64_t*) = {
-    norm, rotate, gate, linear, write_kv, quantize_blocks, attend,
+    norm, rotate, gate, linear, write_kv, quantize_blocks, attend, all_reduce,
 };
 
 int32_t run_all(const KvartoOp* ops, int64_t num_ops, const KvartoStep* step, int64_t* detail) {

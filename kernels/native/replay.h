@@ -13,7 +13,8 @@ enum KvartoOpKind : int32_t {
   KVARTO_OP_CACHE_WRITE = 4,
   KVARTO_OP_QUANTIZATION = 5,
   KVARTO_OP_ATTENTION = 6,
-  KVARTO_NUM_OPS = 7,
+  KVARTO_OP_ALL_REDUCE = 7,
+  KVARTO_NUM_OPS = 8,
 };
 
 struct KvartoOp {

@@ -19,6 +19,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding",),
     "GEMM": ("linear", "logits"),
     "attention": ("attention",),
+    "all-reduce": ("all_reduce",),
     "cache write": ("cache_write", "quantization"),
     "norms, rotary, activations": ("norm", "rotation", "activation"),
     "other layers": ("layers",),

@@ -10,7 +10,7 @@ import transformers
 
 from kvarto.protos.model import ModelConfig
 from kvarto.worker.batch import ForwardBatch
-from kvarto.worker.collectives import SingleRank, ThreadCommunicator
+from kvarto.worker.collectives import SingleRank, thread_group
 from kvarto.worker.decoder import Decoder, cache_shape
 from kvarto.worker.layout import TPLayout
 from kvarto.worker.weights import open_weights
@@ -99,7 +99,7 @@ def on_ranks(tp_size: int, work):
     if tp_size == 1:
         return [work(SingleRank())]
     with ThreadPoolExecutor(tp_size) as pool:
-        return list(pool.map(work, ThreadCommunicator.group(tp_size, timeout_s=30)))
+        return list(pool.map(work, thread_group(tp_size, "cpu", timeout_s=30)))
 
 
 class Driver:

@@ -14,7 +14,7 @@ from kvarto.protos.step import (
     SequenceStep,
     StepPlan,
 )
-from kvarto.worker.collectives import SingleRank, ThreadCommunicator
+from kvarto.worker.collectives import SingleRank, thread_group
 from kvarto.worker.families import read_model_config
 from kvarto.worker.rank import Rank
 
@@ -48,7 +48,7 @@ class Driver:
             model=read_model_config(path), dtype="float32", device="cpu", tp_size=tp_size, epoch=1,
             block_size=BLOCK_SIZE, max_model_len=100, max_num_seqs=3, max_num_batched_tokens=64, num_threads=1,
             step_timeout_s=20, lease_s=2) | changes
-        comms = [SingleRank()] if tp_size == 1 else ThreadCommunicator.group(tp_size, timeout_s=20)
+        comms = [SingleRank()] if tp_size == 1 else thread_group(tp_size, "cpu", timeout_s=20)
         self.ranks = [Rank(RankConfig(rank=rank, **config), comm) for rank, comm in enumerate(comms)]
         for rank in self.ranks:
             rank.allocate([NUM_BLOCKS], [num_host_blocks])

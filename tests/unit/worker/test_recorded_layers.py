@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvarto.kernels import available_backends
+from kvarto.protos.errors import UnavailableError
 from kvarto.protos.sampling import SamplingParams
 from kvarto.protos.step import SequenceStart, SequenceStep
 from kvarto.worker.batch import SequenceTable, build, lay_out
@@ -35,10 +36,11 @@ pytestmark = pytest.mark.skipif(len(available_backends()) == 1, reason="there ar
 class Rank:
     """A decoder with its caches, driven through steps as a rank does."""
 
-    def __init__(self, path, kv_cache_dtype="auto", dtype=torch.float32):
+    def __init__(self, path, comm=None, kv_cache_dtype="auto", dtype=torch.float32):
         config = read_model_config(str(path))
-        layout = TPLayout.of(config, 1, 0)
-        self.decoder = Decoder.load(config, layout, open_weights(config), dtype, torch.device("cpu"), SingleRank(),
+        comm = comm or SingleRank()
+        layout = TPLayout.of(config, comm.world_size, comm.rank)
+        self.decoder = Decoder.load(config, layout, open_weights(config), dtype, torch.device("cpu"), comm,
                                     models.MAX_MODEL_LEN, kv_cache_dtype)
         groups = self.decoder.kv_groups
         torch.manual_seed(1)
@@ -86,6 +88,38 @@ def test_the_layers_give_the_same_bits(tmp_path, caplog, family, dtype):
     caplog.set_level(logging.INFO)
     check(tmp_path, dtype=dtype)
     assert "run as one native call" in caplog.text
+
+
+@pytest.mark.parametrize("tp_size", [2, 3])
+def test_the_layers_of_several_ranks_give_the_same_bits(tmp_path, caplog, tp_size):
+    models.make_model(tmp_path, "qwen3-biased")
+    caplog.set_level(logging.INFO)
+    expected = models.on_ranks(tp_size, lambda comm: Rank(tmp_path, comm).run())
+
+    def run(comm):
+        rank = Rank(tmp_path, comm)
+        rank.decoder.record(rank.caches, 16)
+        return rank.run()
+
+    for one, other in zip(models.on_ranks(tp_size, run), expected, strict=True):
+        for found, wanted in zip(one, other, strict=True):
+            assert torch.equal(found, wanted)
+    assert caplog.text.count("run as one native call") == tp_size
+
+
+def test_a_rank_that_is_gone_is_told_of(tmp_path):
+    models.make_model(tmp_path, "qwen2")
+
+    def run(comm):
+        rank = Rank(tmp_path, comm)
+        rank.decoder.record(rank.caches, 16)
+        if comm.rank:
+            comm.close()
+            return
+        with pytest.raises(UnavailableError, match="must be started again"):
+            rank.run()
+
+    models.on_ranks(2, run)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8", "int4"])
