@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +34,8 @@ KEPT = ROOT / ".cache" / "compare.json"
 
 
 def main() -> None:
+    # As after Ctrl-C: the peers are ended, and none is left behind to run beside the next measurement.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = _arguments()
     chosen = args.figures.split(",") if args.figures else list(FIGURES)
     if unknown := [name for name in chosen if name not in FIGURES]:

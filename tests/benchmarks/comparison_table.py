@@ -63,6 +63,8 @@ def plot(results: Mapping[str, Measured], path: Path) -> None:
               color=["#2da44e" if margin >= 1 else "#bc4c00" for margin in margins])
     axes.axvline(1, color="#57606a")
     axes.set(xscale="log", xlabel="ratio over its bar (1: just met)")
+    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatter("{x:g}")
     axes.invert_yaxis()
     figure.savefig(path)
 

@@ -51,6 +51,6 @@ def take(
         for name in names if number % 2 == 0 else names[::-1]:
             values = figure.ask(sides[name], traces, number)
             measured[name].append(values)
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in list(values.items())[:6])
+            shown = ", ".join(f"{row} {values[row]:.4g}" for row in dict.fromkeys(row.value for row in figure.rows))
             tell(f"{figure.title}, round {number + 1} of {num_rounds}: {name}: {shown}")
     return measured

@@ -33,6 +33,8 @@ def plot_sweep(points: list[dict[str, Any]], path: Path, title: str) -> None:
     latency, throughput = figure.subplots(1, 2)
     latency.plot(rates, [point["normalized_latency_ms"] / 1e3 for point in seen], marker="o")
     latency.set(ylabel="normalized latency, s per output token", yscale="log")
+    for formatter in (latency.yaxis.set_major_formatter, latency.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     throughput.plot(rates, [point["out_tok_per_s"] for point in seen], marker="o")
     throughput.set(ylabel="output tokens per second", ylim=(0, None))
     for axes in (latency, throughput):

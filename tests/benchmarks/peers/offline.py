@@ -16,7 +16,7 @@ from peers.pss import tree
 from kvarto.cluster.cli.bench.trace import TraceRequest
 
 HERE = Path(__file__).parent
-END_S = 60
+END_S = 20
 LOG_END = 2000
 
 

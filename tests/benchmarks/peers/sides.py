@@ -43,11 +43,13 @@ class Side:
 
 class Offline(Side):
     """A model in a process that `start` makes when it is first asked for something. `pool_bytes`: resident bytes of the
-    KV pool, given the process's id. `num_requests`: only so many of a trace, where all would take too long."""
+    KV pool, given the process's id. `num_requests`: only so many of a trace, where all would take too long. `keep`:
+    whether it stays, standing still, until it is asked again."""
 
     def __init__(self, start: Callable[[], OfflineProcess], pool_bytes: Callable[[int], int] | None = None,
-                 num_requests: int | None = None) -> None:
+                 num_requests: int | None = None, keep: bool = True) -> None:
         self._start = start
+        self._keep = keep
         self._num_requests = num_requests
         self._pool_bytes = pool_bytes
         self._running: OfflineProcess | None = None
@@ -55,6 +57,8 @@ class Offline(Side):
     def trace(self, path: Path, _: int) -> Values:
         requests = read_trace(path)[:self._num_requests]
         seconds = self._warm().generate(requests)
+        if not self._keep:
+            self.close()
         return {"out_tok_per_s": sum(request.output_len for request in requests) / seconds}
 
     def single(self, path: Path, round_number: int) -> Values:
