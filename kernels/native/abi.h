@@ -148,12 +148,20 @@ struct AttentionTile {
   float* partial;         // records [sinks + chunks + own, rows, record]; null: fold and write out
   const int32_t* residual_table;
   bool own;               // each query's own block, from the residual, too
+  AttentionTile* whole = nullptr;  // of which this is a piece; who is done with the last one folds them and writes out
+  int64_t num_left = 0;            // of a whole tile, its pieces that nobody is done with
+  int64_t work = 0;                // about so many products of a query with a row, over the group
+};
+
+// Tiles for whoever is free; `next` only by atomic operations.
+struct AttentionQueue {
+  const AttentionTile* tiles;
+  int64_t num_tiles, next;
 };
 
 struct AttentionKernels {
-  void (*attend[KVARTO_NUM_DTYPES])(const KvartoAttention&, const AttentionTile&, float* scratch);  // by the cache's
-  // Folds the partial records of all pieces, in order, and writes out.
-  void (*combine)(const KvartoAttention&, const AttentionTile&, float* scratch);
+  // Works on the queue, as other threads do, until it is empty. By the cache's dtype.
+  void (*attend[KVARTO_NUM_DTYPES])(const KvartoAttention&, AttentionQueue&, float* scratch);
 };
 
 struct LinearKernels {

@@ -11,10 +11,8 @@ namespace {
 
 constexpr int64_t TARGET_ROWS = 48;  // query rows of a tile: they share each load of K and V
 
-struct Job {
-  AttentionTile tile;
-  int64_t work;
-};
+// As SERIAL_WORK, of work that waits for memory: its rows are not in a cache.
+constexpr int64_t SERIAL_ATTENTION = 1 << 16;
 
 // What a tile has records of: the sinks behind the window, if any, then its chunks, then what is from the residual.
 int64_t num_pieces(const AttentionTile& tile) { return tile.sinks + tile.chunk_end - tile.chunk_begin + tile.own; }
@@ -91,8 +89,7 @@ int64_t num_rows(const KvartoAttention& call, const AttentionTile& tile) {
 }
 
 // Consecutive queries of each sequence with all KV heads.
-std::vector<Job> cut(const KvartoAttention& call, int64_t tile_queries) {
-  std::vector<Job> jobs;
+void cut(const KvartoAttention& call, int64_t tile_queries, std::vector<AttentionTile>& tiles) {
   for (int64_t s = 0; s < call.num_seqs; ++s) {
     const int64_t begin = call.query_start_loc[s], end = call.query_start_loc[s + 1];
     for (int64_t first = begin; first < end; first += tile_queries) {
@@ -104,85 +101,100 @@ std::vector<Job> cut(const KvartoAttention& call, int64_t tile_queries) {
       const int64_t num_heads = call.cache.num_kv_heads;
       const bool own = call.residual_tables != nullptr;
       const int64_t chunks_end = divide_up(own ? own_begin(call, last_visible) : last_visible, CHUNK);
-      jobs.push_back({{call.block_tables + s * call.max_blocks, first, num_queries, first_visible, 0, num_heads,
+      tiles.push_back({call.block_tables + s * call.max_blocks, first, num_queries, first_visible, 0, num_heads,
                        sinks > 0, behind / CHUNK, chunks_end, nullptr,
-                       own ? call.residual_tables + s * call.max_blocks : nullptr, own},
-                      num_queries * (last_visible - behind + sinks) * num_heads});
+                       own ? call.residual_tables + s * call.max_blocks : nullptr, own, nullptr, 0,
+                       num_queries * (last_visible - behind + sinks) * num_heads});
     }
   }
-  return jobs;
 }
 
-// Parts of the job with fewer KV heads, as many each as let its query rows stay near and its pieces below the share:
+// Parts of the tile with fewer KV heads, as many each as let its query rows stay near and its pieces below the share:
 // what neighbouring heads have in a block is then read in one go.
-void part_heads(const Job& job, const KvartoAttention& call, int64_t share, std::vector<Job>& parts) {
-  const int64_t num_heads = job.tile.num_kv_heads;
-  const int64_t near = num_heads * TARGET_ROWS / num_rows(call, job.tile);
-  const int64_t small = num_heads * share * num_pieces(job.tile) / std::max<int64_t>(1, job.work);
+void part_heads(const AttentionTile& tile, const KvartoAttention& call, int64_t share,
+                std::vector<AttentionTile>& parts) {
+  const int64_t num_heads = tile.num_kv_heads;
+  const int64_t near = num_heads * TARGET_ROWS / num_rows(call, tile);
+  const int64_t small = num_heads * share * num_pieces(tile) / std::max<int64_t>(1, tile.work);
   const int64_t num_parts = divide_up(num_heads, std::max<int64_t>(1, std::min(near, small)));
   for (int64_t part = 0; part < num_parts; ++part) {
-    parts.push_back(job);
-    AttentionTile& tile = parts.back().tile;
-    tile.kv_head = num_heads * part / num_parts;
-    tile.num_kv_heads = num_heads * (part + 1) / num_parts - tile.kv_head;
-    parts.back().work = job.work / num_heads * tile.num_kv_heads;
+    parts.push_back(tile);
+    AttentionTile& made = parts.back();
+    made.kv_head = num_heads * part / num_parts;
+    made.num_kv_heads = num_heads * (part + 1) / num_parts - made.kv_head;
+    made.work = tile.work / num_heads * made.num_kv_heads;
   }
 }
+
+// The pieces of a tile that is whole, and where their records go.
+void split(AttentionTile& whole, int64_t piece_records, float* partial, std::vector<AttentionTile>& pieces) {
+  const int64_t count = num_pieces(whole);
+  whole.partial = partial;
+  whole.num_left = count;
+  for (int64_t i = 0; i < count; ++i) {
+    pieces.push_back(whole);
+    AttentionTile& piece = pieces.back();
+    piece.sinks = whole.sinks && i == 0;
+    piece.own = whole.own && i == count - 1;
+    piece.chunk_begin = whole.chunk_begin + (piece.sinks ? 0 : i - whole.sinks);
+    piece.chunk_end = piece.chunk_begin + !(piece.sinks || piece.own);
+    piece.partial = partial + i * piece_records;
+    piece.whole = &whole;
+    piece.work = whole.work / count;
+  }
+}
+
+// What a thread keeps from call to call.
+struct Memory {
+  std::vector<AttentionTile> uncut, tiles, queue;
+  std::vector<float> partial, scratch;
+};
 
 void run(const KvartoAttention& call, const AttentionKernels& kernels) {
   const int64_t group = call.num_heads / call.cache.num_kv_heads;
   const int64_t padded_dim = divide_up(call.cache.head_dim, DIM_ALIGN) * DIM_ALIGN, record = RECORD_HEAD + padded_dim;
   const int64_t tile_queries = std::max<int64_t>(1, TARGET_ROWS / group);
 
-  std::vector<Job> tiles, jobs, split;
+  static thread_local Memory memory;
+  auto& [uncut, tiles, queue, partial_memory, scratch_memory] = memory;
+  uncut.clear(), tiles.clear(), queue.clear();
   int64_t total = 0, partial_size = 0, max_rows = 0;
-  const std::vector<Job> uncut = cut(call, tile_queries);
-  for (const Job& job : uncut) total += job.work;
-  const int64_t budget = total * group * padded_dim < SERIAL_WORK ? 1 : call.num_threads;
+  cut(call, tile_queries, uncut);
+  for (const AttentionTile& tile : uncut) total += tile.work;
+  const int64_t budget = total * group * padded_dim < SERIAL_ATTENTION ? 1 : call.num_threads;
   // A tile that is too large a share of the work is cut at chunk borders. That changes who computes
   // a chunk, not what is computed.
   const int64_t share = budget > 1 ? total / (4 * budget) : total;
-  for (const Job& job : uncut) part_heads(job, call, share, tiles);
-  auto is_split = [&](const Job& job) {
-    return budget > 1 && num_pieces(job.tile) > 1 && job.work > share;
+  for (const AttentionTile& tile : uncut) part_heads(tile, call, share, tiles);
+  auto is_split = [&](const AttentionTile& tile) {
+    return budget > 1 && num_pieces(tile) > 1 && tile.work > share;
   };
-  for (const Job& job : tiles) {
-    max_rows = std::max(max_rows, num_rows(call, job.tile));
-    if (is_split(job)) partial_size += num_pieces(job.tile) * num_rows(call, job.tile) * record;
+  for (const AttentionTile& tile : tiles) {
+    max_rows = std::max(max_rows, num_rows(call, tile));
+    if (is_split(tile)) partial_size += num_pieces(tile) * num_rows(call, tile) * record;
   }
 
-  static thread_local std::vector<float> partial_memory, scratch_memory;
   float* partial = reserve(partial_memory, partial_size);
-  for (const Job& job : tiles) {
-    if (!is_split(job)) {
-      jobs.push_back(job);
+  for (AttentionTile& tile : tiles) {
+    if (!is_split(tile)) {
+      queue.push_back(tile);
       continue;
     }
-    split.push_back(job);
-    split.back().tile.partial = partial;
-    for (int64_t piece = 0; piece < num_pieces(job.tile); ++piece) {
-      jobs.push_back({job.tile, job.work / num_pieces(job.tile)});
-      AttentionTile& tile = jobs.back().tile;
-      tile.sinks = job.tile.sinks && piece == 0;
-      tile.own = job.tile.own && piece == num_pieces(job.tile) - 1;
-      tile.chunk_begin = job.tile.chunk_begin + (tile.sinks ? 0 : piece - job.tile.sinks);
-      tile.chunk_end = tile.chunk_begin + !(tile.sinks || tile.own);
-      tile.partial = partial;
-      partial += num_rows(call, tile) * record;
-    }
+    const int64_t piece_records = num_rows(call, tile) * record;
+    split(tile, piece_records, partial, queue);
+    partial += num_pieces(tile) * piece_records;
   }
-  std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.work > b.work; });
+  std::stable_sort(queue.begin(), queue.end(), [](const AttentionTile& a, const AttentionTile& b) {
+    return a.work > b.work;
+  });
 
   // As in attention_rows.h; a row's span takes 4 floats.
   const int64_t scratch_size = max_rows * (padded_dim + 2 * record + TILE + LINE) + TILE * padded_dim;
-  const int64_t num_jobs = jobs.size(), num_split = split.size();
-  const int threads = (int)std::max<int64_t>(1, std::min(budget, num_jobs));
+  AttentionQueue shared = {queue.data(), (int64_t)queue.size(), 0};
+  const int threads = (int)std::max<int64_t>(1, std::min(budget, shared.num_tiles));
   float* scratch = reserve(scratch_memory, scratch_size * threads);
-  parallel_jobs(threads, num_jobs, [&](int thread, int64_t i) {
-    kernels.attend[call.cache.dtype](call, jobs[i].tile, scratch + thread * scratch_size);
-  });
-  parallel_jobs(threads, num_split, [&](int thread, int64_t i) {
-    kernels.combine(call, split[i].tile, scratch + thread * scratch_size);
+  parallel(threads, [&](int thread) {
+    kernels.attend[call.cache.dtype](call, shared, scratch + thread * scratch_size);
   });
 }
 

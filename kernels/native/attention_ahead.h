@@ -2,44 +2,60 @@
 // would fill what the processor has to keep track of its reads with, and the arithmetic's own would wait behind.
 #pragma once
 
-#include "attention_cache.h"
+#include "attention_rows.h"
 
 namespace kvarto {
 namespace KVARTO_ISA {
 
+KVARTO_INLINE const AttentionTile* take(AttentionQueue& queue) {
+  const int64_t next = __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED);
+  return next < queue.num_tiles ? queue.tiles + next : nullptr;
+}
+
+// Takes a thread's tiles from the queue, each as soon as all rows of the one before have been asked for: a tile's first
+// rows then come while the arithmetic is still at the last of another.
 class Ahead {
  public:
-  // once: nobody reads these rows again soon, so they need not push anything out of the other caches.
-  Ahead(const RowFinder& rows, Span span, int64_t heads, bool once)
-      : rows_(rows),
-        once_(once),
-        run_(smaller(TILE, rows.block_size)),
-        row_(span.begin / run_ * run_),
-        end_(span.end),
-        // Blocks that lie in one tile are fetched as they lie: the keys of all heads, scales and all, then the values.
-        strips_(rows.block_size <= TILE ? 1 : heads),
-        strip_bytes_(rows.block_size <= TILE ? heads * rows.head_bytes : TILE * rows.row_bytes),
-        run_bytes_(2 * heads * run_ * (rows.head_bytes / rows.block_size)) {
-    next_strip();
+  Ahead(const KvartoAttention& call, AttentionQueue& queue, int64_t element_bytes, bool scaled)
+      : call_(call), queue_(queue), element_bytes_(element_bytes), rows_(call, {}, element_bytes, scaled) {
+    take_tile();
     // Small blocks are walked less in the order of the arithmetic, which has all keys of a tile before its values.
-    use(rows.block_size < TILE ? 16384 : 8192);
-    rest_ = 0;
+    owed_ = rows_.block_size < TILE ? 16384 : 8192;
+  }
+
+  // What the arithmetic turns to next; null: there is no more.
+  const AttentionTile* next_tile() {
+    if (!taken_) take_tile();  // the arithmetic was quicker: what was left to fetch of its tile is no longer of use
+    const AttentionTile* tile = taken_;
+    taken_ = nullptr;
+    if (!at_) take_tile();
+    fetch(0);
+    return tile;
   }
 
   // The arithmetic turns to these rows of a tile.
-  void begin_tile(Span rows) {
+  void begin_tile(const Shape& shape, Span rows) {
     fetch(rest_);
-    rest_ = (round_up(rows.end, run_) - rows.begin / run_ * run_) / run_ * run_bytes_;
+    const int64_t run = run_rows(), row_bytes = 2 * shape.heads * (rows_.head_bytes / rows_.block_size);
+    rest_ = (round_up(rows.end, run) - rows.begin / run * run) * row_bytes;
   }
 
-  // It is done with so many bytes. What it does not report is made up for when it turns to the next tile.
-  KVARTO_MEMBER void use(int64_t bytes) {
-    rest_ -= bytes;
-    fetch(bytes);
-  }
+  // It is done with so many bytes, or with the softmax of the scores that so many stand for. That takes a quarter of
+  // the time or so, and a quarter of the reads are left to it: with none on their way, memory would idle meanwhile.
+  // What is not reported is made up for when the arithmetic turns to the next tile.
+  KVARTO_MEMBER void use(int64_t bytes) { advance(bytes * 3 / 4); }
+  KVARTO_MEMBER void use_scores(int64_t bytes) { advance(bytes / 4); }
 
  private:
   static constexpr int64_t STEP = 256;
+
+  // Rows that are walked through before the next block, or tile.
+  int64_t run_rows() const { return smaller(TILE, rows_.block_size); }
+
+  KVARTO_MEMBER void advance(int64_t bytes) {
+    rest_ -= bytes;
+    fetch(bytes);
+  }
 
   KVARTO_MEMBER void fetch(int64_t bytes) {
     owed_ += bytes;
@@ -51,11 +67,24 @@ class Ahead {
     }
   }
 
+  // Takes no tile before the arithmetic has turned to the one taken before.
+  void take_tile() {
+    at_ = nullptr;
+    if (taken_ || !(taken_ = take(queue_))) return;
+    const Shape shape(call_, *taken_);
+    once_ = few_rows(shape);
+    rows_ = RowFinder(call_, *taken_, element_bytes_, rows_.scaled);
+    // Blocks that lie in one tile are fetched as they lie: the keys of all heads, scales and all, then the values.
+    strips_ = rows_.block_size <= TILE ? 1 : shape.heads;
+    strip_bytes_ = rows_.block_size <= TILE ? shape.heads * rows_.head_bytes : TILE * rows_.row_bytes;
+    const Span span = chunk_rows(*taken_, call_, shape);
+    row_ = span.begin / run_rows() * run_rows(), end_ = span.end;
+    side_ = strip_ = 0;
+    next_strip();
+  }
+
   void next_strip() {
-    if (row_ >= end_) {
-      at_ = nullptr;
-      return;
-    }
+    if (row_ >= end_) return take_tile();
     const int64_t inside = side_ * rows_.value_bytes + strip_ * rows_.head_bytes;
     at_ = rows_.key(row_) + inside;
     stop_ = at_ + strip_bytes_;
@@ -68,16 +97,20 @@ class Ahead {
     strip_ = 0;
     if (++side_ < 2) return;
     side_ = 0;
-    row_ += run_;
+    row_ += run_rows();
   }
 
-  const RowFinder& rows_;
-  const bool once_;
-  const int64_t run_;  // rows that are walked through before the next block, or tile
-  int64_t row_, end_;
-  const int64_t strips_, strip_bytes_, run_bytes_;
+  const KvartoAttention& call_;
+  AttentionQueue& queue_;
+  const int64_t element_bytes_;
+  // Of the last tile that was taken.
+  RowFinder rows_;
+  bool once_ = false;  // nobody reads its rows again soon, so they need not push anything out of the other caches
+  int64_t row_ = 0, end_ = 0;
+  int64_t strips_ = 0, strip_bytes_ = 0;
   int64_t side_ = 0, strip_ = 0;  // what comes next of the run at row_
-  int64_t rest_ = 0;              // bytes of its tile that the arithmetic is not done with
+  const AttentionTile* taken_ = nullptr;  // null: the arithmetic has turned to it
+  int64_t rest_ = 0;                      // bytes of its tile that the arithmetic is not done with
   const char *at_ = nullptr, *stop_ = nullptr;
   // Bytes that it is done with and for which none were fetched. Apart from rest_: beside it GCC counts both in one
   // vector, and then waits for the halves that it wrote.

@@ -14,8 +14,6 @@
 namespace kvarto {
 namespace KVARTO_ISA {
 
-static bool few_rows(const Shape& shape) { return shape.rows <= 2 * MAX_QUERY_ROWS; }
-
 // A tile as floats; widen_row(place, row) widens each of the rows that are held.
 template <class T, class WidenRow>
 KVARTO_INLINE TileRows<float> widen(Span held, const Shape& shape, float* wide, Ahead* ahead, WidenRow widen_row) {
@@ -40,12 +38,13 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
   // Many query rows pay for widening K and V once; and a last partial vector must not be read from the cache.
   const bool wide = !few_rows(shape) || shape.dim % WIDTH != 0;
   const bool wide_keys = turned || (wide && sizeof(Query) == sizeof(float));
+  const int64_t head_bytes = 2 * TILE * shape.dim * (int64_t)sizeof(T);  // of a tile
   RowScales scales;
   const Bend bend(call, QUANTIZED<T> ? &scales : nullptr);
   for (int64_t first = all.begin / TILE * TILE; first < all.end; first += TILE) {
     const Span held = {larger(all.begin - first, 0), smaller(TILE, all.end - first)};
     const Places places = rows.locate(first, held);
-    if (ahead) ahead->begin_tile({first + held.begin, first + held.end});
+    if (ahead) ahead->begin_tile(shape, {first + held.begin, first + held.end});
     sight.places(first, shape.rows, scratch.seen);
     for (int64_t head = 0; head < shape.heads; ++head) {
       const TileRows<T> keys = rows.keys<T>(places, head);
@@ -67,6 +66,7 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
       for (int64_t r = 0, row = head * shape.rows; r < shape.rows; ++r, ++row) {
         const Span seen = scratch.seen[r];
         if (!seen.empty()) softmax_step(scratch.weights + row * TILE, seen, bend, shape, records + row * shape.record);
+        if (ahead) ahead->use_scores(head_bytes / shape.rows);
       }
     }
     for (int64_t head = 0; head < shape.heads; ++head) {
@@ -123,11 +123,16 @@ KVARTO_INLINE void each_piece(const KvartoAttention& call, const AttentionTile& 
   if (tile.own) visit(Sight::own_block(call, tile, shape));
 }
 
-// The rows of all chunks that the tile is about.
-static Span chunk_rows(const AttentionTile& tile, const KvartoAttention& call, const Shape& shape) {
-  if (tile.chunk_begin == tile.chunk_end) return {0, 0};
-  return {Sight::chunk(call, tile, shape, tile.chunk_begin)(0).begin,
-          Sight::chunk(call, tile, shape, tile.chunk_end - 1)(shape.rows - 1).end};
+// Folds the records of all pieces, in order, and writes out.
+static void combine(const KvartoAttention& call, const AttentionTile& tile, float* running) {
+  const Shape shape(call, tile);
+  clear_all(shape, running);
+  const float* records = tile.partial;
+  each_piece(call, tile, shape, [&](const Sight& sight) {
+    fold_all(sight, shape, records, running);
+    records += shape.all_rows() * shape.record;
+  });
+  for (int64_t r = 0; r < shape.all_rows(); ++r) write_out(call, tile, shape, r, running + r * shape.record);
 }
 
 // attend_one(sight, records) attends one piece.
@@ -145,23 +150,32 @@ KVARTO_INLINE void attend_pieces(const KvartoAttention& call, const AttentionTil
     }
     fold_all(sight, shape, records, scratch.running);
   });
-  if (tile.partial) return;
+  if (tile.partial) {
+    if (__atomic_sub_fetch(&tile.whole->num_left, 1, __ATOMIC_ACQ_REL) == 0)
+      combine(call, *tile.whole, scratch.running);
+    return;
+  }
   for (int64_t r = 0; r < shape.all_rows(); ++r) write_out(call, tile, shape, r, scratch.running + r * shape.record);
 }
 
 template <class T>
-static void attend(const KvartoAttention& call, const AttentionTile& tile, float* memory) {
+static void attend(const KvartoAttention& call, const AttentionTile& tile, float* memory, Ahead* ahead) {
   const Shape shape(call, tile);
   const Scratch scratch(memory, shape);
   const RowFinder rows(call, tile, sizeof(T), QUANTIZED<T>);
-  Ahead ahead(rows, chunk_rows(tile, call, shape), shape.heads, few_rows(shape));
   bool loaded = false;
   attend_pieces(call, tile, shape, scratch, [&](const Sight& sight, float* records) {
     if (sight.far && call.cos) load_queries(call, tile, shape, true, scratch.query);  // keys that were turned are floats
     else if (!loaded) load_queries(call, tile, shape, sight.far, (typename QueryFor<T>::type*)scratch.query);
     loaded = !sight.far;
-    attend_piece<T>(call, sight, shape, rows, scratch, records, sight.far ? nullptr : &ahead);
+    attend_piece<T>(call, sight, shape, rows, scratch, records, sight.far ? nullptr : ahead);
   });
+}
+
+template <class T>
+static void attend_queue(const KvartoAttention& call, AttentionQueue& queue, float* memory) {
+  Ahead ahead(call, queue, sizeof(T), QUANTIZED<T>);
+  while (const AttentionTile* tile = ahead.next_tile()) attend<T>(call, *tile, memory, &ahead);
 }
 
 template <class T>
@@ -184,28 +198,24 @@ static void attend_int4(const KvartoAttention& call, const AttentionTile& tile, 
   });
 }
 
-static void attend_any_int4(const KvartoAttention& call, const AttentionTile& tile, float* memory) {
-  switch (call.residual.dtype) {
-    case KVARTO_BF16: return attend_int4<bf16>(call, tile, memory);
-    case KVARTO_F16: return attend_int4<f16>(call, tile, memory);
-    default: return attend_int4<float>(call, tile, memory);
-  }
+template <class T>
+static void attend_int4_queue(const KvartoAttention& call, AttentionQueue& queue, float* memory) {
+  while (const AttentionTile* tile = take(queue)) attend_int4<T>(call, *tile, memory);
 }
 
-static void combine(const KvartoAttention& call, const AttentionTile& tile, float* running) {
-  const Shape shape(call, tile);
-  clear_all(shape, running);
-  const float* records = tile.partial;
-  each_piece(call, tile, shape, [&](const Sight& sight) {
-    fold_all(sight, shape, records, running);
-    records += shape.all_rows() * shape.record;
-  });
-  for (int64_t r = 0; r < shape.all_rows(); ++r) write_out(call, tile, shape, r, running + r * shape.record);
+static void attend_any_int4_queue(const KvartoAttention& call, AttentionQueue& queue, float* memory) {
+  switch (call.residual.dtype) {
+    case KVARTO_BF16: return attend_int4_queue<bf16>(call, queue, memory);
+    case KVARTO_F16: return attend_int4_queue<f16>(call, queue, memory);
+    default: return attend_int4_queue<float>(call, queue, memory);
+  }
 }
 
 extern const AttentionKernels attention_kernels;
 const AttentionKernels attention_kernels = {
-    {attend<float>, attend<bf16>, attend<f16>, attend<i8>, attend<f8>, attend_any_int4}, combine};
+    {attend_queue<float>, attend_queue<bf16>, attend_queue<f16>, attend_queue<i8>, attend_queue<f8>,
+     attend_any_int4_queue},
+};
 
 }  // namespace KVARTO_ISA
 }  // namespace kvarto

@@ -76,6 +76,15 @@ struct Sight {
   }
 };
 
+// The rows of all chunks that the tile is about.
+static inline Span chunk_rows(const AttentionTile& tile, const KvartoAttention& call, const Shape& shape) {
+  if (tile.chunk_begin == tile.chunk_end) return {0, 0};
+  return {Sight::chunk(call, tile, shape, tile.chunk_begin)(0).begin,
+          Sight::chunk(call, tile, shape, tile.chunk_end - 1)(shape.rows - 1).end};
+}
+
+static inline bool few_rows(const Shape& shape) { return shape.rows <= 2 * MAX_QUERY_ROWS; }
+
 // Per-thread memory; attention.cpp sizes it.
 struct Scratch {
   float* query;  // or of another type, in as many elements

@@ -46,16 +46,16 @@ extern "C" int32_t kvarto_write_kv(const KvartoCacheWrite* call, int64_t* detail
   char* data = (char*)cache->data + call->layer * 2 * side;
   const bool parallel = num_threads > 1 && num_tokens * cache->num_kv_heads * row > 256 * 1024;
   kvarto::parallel_ranges(parallel ? num_threads : 1, num_tokens, [&](int, int64_t begin, int64_t end) {
-   for (int64_t t = begin; t < end; ++t) {
-    char* out = data + slot_mapping[t] / cache->block_size * block;
-    const int64_t offset = slot_mapping[t] % cache->block_size;
-    const char* key_in = (const char*)call->key + t * call->key_stride * size;
-    const char* value_in = (const char*)call->value + t * call->value_stride * size;
-    for (int64_t h = 0; h < cache->num_kv_heads; ++h, out += head, key_in += row, value_in += row) {
-      write(key_in, out, offset);
-      write(value_in, out + side, offset);
+    for (int64_t t = begin; t < end; ++t) {
+      char* out = data + slot_mapping[t] / cache->block_size * block;
+      const int64_t offset = slot_mapping[t] % cache->block_size;
+      const char* key_in = (const char*)call->key + t * call->key_stride * size;
+      const char* value_in = (const char*)call->value + t * call->value_stride * size;
+      for (int64_t h = 0; h < cache->num_kv_heads; ++h, out += head, key_in += row, value_in += row) {
+        write(key_in, out, offset);
+        write(value_in, out + side, offset);
+      }
     }
-   }
   });
   return KVARTO_OK;
 }
