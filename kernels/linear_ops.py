@@ -45,8 +45,8 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         ValueError: a wrong shape, layout or device.
     """
     name = backend(weight.device.type)
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [out_features, in_features], got {list(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight must be [out_features, in_features > 0], got {list(weight.shape)}")
     n, k = weight.shape
     check_dtype("weight", weight)
     check_device("weight", weight, name)
