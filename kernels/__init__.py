@@ -8,10 +8,10 @@ from .linear_ops import PackedLinear, linear, pack_linear
 from .mask import CAUSAL, FarSinks, Mask, Residual
 from .ops import copy_blocks, paged_attention, write_kv
 from .recording import NotRecordableError, Recording
-from .row_ops import activate, gated, rms_norm, rotate
+from .row_ops import activate, best_tokens, gated, rms_norm, rotate
 from .sparsity_ops import attention_scores, compact_rows
 from .timing import op_times
 
 __all__ = ["CAUSAL", "FarSinks", "Mask", "NotRecordableError", "PackedLinear", "Recording", "Residual", "activate",
-           "attention_scores", "available_backends", "backend", "compact_rows", "copy_blocks", "gated", "linear",
-           "op_times", "pack_linear", "paged_attention", "quantize_blocks", "rms_norm", "rotate", "write_kv"]
+           "attention_scores", "available_backends", "backend", "best_tokens", "compact_rows", "copy_blocks", "gated",
+           "linear", "op_times", "pack_linear", "paged_attention", "quantize_blocks", "rms_norm", "rotate", "write_kv"]
