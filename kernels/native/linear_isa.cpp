@@ -60,7 +60,7 @@ struct Product<bf16, bf16> {
 };
 #endif
 
-// What to bring near meanwhile: the memory is to work all the time, and processors do not follow a stream beyond a page.
+// What to bring near meanwhile: the memory is to work all the time, and no processor follows a stream beyond a page.
 struct Ahead {
   const char* address;
   int64_t step_bytes;  // per step; at most two cache lines
