@@ -105,6 +105,8 @@ def test_packed_weight_keeps_its_backend(native_backend: str, monkeypatch: pytes
 def test_bad_input_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="weight must be"):
         pack_linear(torch.zeros(3))
+    with pytest.raises(ValueError, match="weight must be"):
+        pack_linear(torch.zeros(3, 0))
     with pytest.raises(TypeError, match="weight must be float32"):
         pack_linear(torch.zeros(3, 4, dtype=torch.int8))
     with pytest.raises(ValueError, match="bias must have shape"):
