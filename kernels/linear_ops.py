@@ -10,9 +10,13 @@ from torch import Tensor
 from . import reference
 from .backends import backend, native_library
 from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check, check_device, check_dtype
+from .huge_pages import advise_huge_pages
 from .native.library import NativeLinear
 from .packed_memory import PackedMemory
 from .recording import empty, submit
+
+# Memory of so many bytes malloc always takes from the system and gives back.
+_FRESH_BYTES = 32 * 2**20
 
 _packed_memory = PackedMemory()
 
@@ -104,6 +108,8 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
         raise ValueError(f"x must have dense rows, got strides {x.stride()}")
     library = native_library()
     out = empty((x.shape[0], packed.out_features), x.dtype)
+    if out.nbytes > _FRESH_BYTES:  # else each small page of the logits of many rows would be a page fault
+        advise_huge_pages(out.data_ptr(), out.nbytes)
     call = NativeLinear(
         x.data_ptr(),
         packed.data.data_ptr(),

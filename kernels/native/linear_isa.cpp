@@ -17,6 +17,9 @@ constexpr int64_t PIECE_BYTES = 20480;
 constexpr int64_t DIRECT_ROWS = 16;
 // How far ahead a panel that is read once is asked for: what the memory delivers while one line is on its way.
 constexpr int64_t AHEAD_BYTES = 8192;
+// An output so large does not wait in the caches for who reads it.
+constexpr int64_t STREAM_BYTES = 16 << 20;
+constexpr int64_t CACHE_LINE = 64;
 
 static_assert(VECTORS % 2 == 0, "16-bit columns are packed in pairs of vectors");
 
@@ -57,7 +60,7 @@ struct Product<bf16, bf16> {
 };
 #endif
 
-// What to bring near meanwhile: the memory is to work all the time, and processors do not follow a stream beyond a page.
+// What to bring near meanwhile: the memory is to work all the time, and no processor follows a stream beyond a page.
 struct Ahead {
   const char* address;
   int64_t step_bytes;  // per step; at most two cache lines
@@ -74,7 +77,7 @@ KVARTO_INLINE void multiply_rows(const X* x, int64_t x_stride, const T* weight, 
   for (int64_t k = 0; k < depth; k += P::STEP) {
     const T* row = weight + k * PANEL;
     prefetch(ahead.address);
-    if (ahead.step_bytes > 64) prefetch(ahead.address + 64);
+    if (ahead.step_bytes > CACHE_LINE) prefetch(ahead.address + CACHE_LINE);
     ahead.address += ahead.step_bytes;
     typename P::Operand columns[VECTORS], factor[R];
     P::columns(row, columns);
@@ -128,16 +131,34 @@ static void multiply_panel(int64_t rows, const X* x, int64_t x_stride, const T* 
   }
 }
 
+static Vec add_bias(const KvartoLinear& call, int64_t column, Vec sum) {
+  return call.bias ? add(sum, load_some(call.bias + column, call.n - column)) : sum;
+}
+
+// Whole cache lines past the caches: reading each line first, to write into it, would cost as much again.
+template <class T>
+static void stream_panel(const KvartoLinear& call, int64_t first, int64_t m_begin, int64_t rows, const float* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
+    alignas(CACHE_LINE) T values[PANEL];
+    for (int64_t c = 0; c < PANEL; c += WIDTH)
+      store(values + c, add_bias(call, first + c, load(sums + r * PANEL + c)));
+    char* out = (char*)((T*)call.out + (m_begin + r) * call.n + first);
+    for (int64_t byte = 0; byte < (int64_t)sizeof values; byte += CACHE_LINE)
+      stream_line(out + byte, (const char*)values + byte);
+  }
+  stream_end();
+}
+
 template <class T>
 static void write_panel(const KvartoLinear& call, int64_t panel, int64_t m_begin, int64_t rows, const float* sums) {
   const int64_t first = panel * PANEL;
+  const bool whole_lines = call.n % PANEL == 0 && (uintptr_t)call.out % CACHE_LINE == 0;
+  if (whole_lines && call.m * call.n * (int64_t)sizeof(T) >= STREAM_BYTES)
+    return stream_panel<T>(call, first, m_begin, rows, sums);
   for (int64_t r = 0; r < rows; ++r) {
     T* out = (T*)call.out + (m_begin + r) * call.n + first;
-    for (int64_t c = 0; c < PANEL && first + c < call.n; c += WIDTH) {
-      const int64_t left = call.n - first - c;
-      const Vec sum = load(sums + r * PANEL + c);
-      store_some(out + c, call.bias ? add(sum, load_some(call.bias + first + c, left)) : sum, left);
-    }
+    for (int64_t c = 0; c < PANEL && first + c < call.n; c += WIDTH)
+      store_some(out + c, add_bias(call, first + c, load(sums + r * PANEL + c)), call.n - first - c);
   }
 }
 
