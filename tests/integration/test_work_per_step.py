@@ -78,8 +78,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[Counter[str]]:
         now["tokens"] += sum(step.num_tokens for step in plan.steps)
         send(group, plan)
 
-    for name in ("write_kv", "quantize_blocks", "copy_blocks", "paged_attention", "linear", "norm", "rotate", "gate", "best",
-                 "replay"):
+    for name in ("write_kv", "quantize_blocks", "copy_blocks", "paged_attention", "linear", "norm", "rotate", "gate",
+                 "best", "replay"):
         count(library, name, "native calls")
     count(InlineTransport, "send", "messages")
     patch.setattr(Rank, "execute", counted_execute)
