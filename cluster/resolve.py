@@ -33,12 +33,16 @@ class Resolved:
     max_model_len: int
     threads_per_rank: int
 
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return self.config.batched_tokens(self.device)
+
     def rank_config(self, rank: int, epoch: int) -> RankConfig:
         config = self.config
         return RankConfig(
             model=self.model, dtype=self.dtype, device=self.device, tp_size=config.tensor_parallel_size, rank=rank,
             epoch=epoch, block_size=config.block_size, max_model_len=self.max_model_len,
-            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens,
             num_threads=self.threads_per_rank, step_timeout_s=config.step_timeout_s, lease_s=config.lease_s,
             kv_cache_dtype=config.kv_cache_dtype, kv_sparsity=config.sparsity,
             kv_disk_path=config.kv_disk_path and os.path.abspath(config.kv_disk_path),
@@ -63,9 +67,9 @@ class Resolved:
             stored_keys=stored, orphaned_keys=orphaned, sparsity=config.sparsity)
         info = EngineInfo(
             epoch=epoch, max_model_len=self.max_model_len, vocab_size=self.model.vocab_size,
-            max_num_seqs=most_seqs(config.sparsity, config.max_num_seqs, config.max_num_batched_tokens),
+            max_num_seqs=most_seqs(config.sparsity, config.max_num_seqs, self.max_num_batched_tokens),
             kv_capacity_tokens=space.capacity_tokens, block_size=config.block_size,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=self.max_num_batched_tokens,
             kv_pools=[KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks, residual=group.residual)
                       for count, group in zip(blocks, ranks[0].kv_groups, strict=True)],
             num_host_blocks=space.tiers.num_host_blocks, kernels=ranks[0].kernels,
@@ -73,7 +77,7 @@ class Resolved:
             kv_cache_dtype=self.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
             tp_size=config.tensor_parallel_size, num_groups=config.num_worker_groups, kv_sparsity=config.sparsity)
         scheduler = Scheduler(
-            space, SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens), epoch=epoch,
+            space, SchedulerLimits(config.max_num_seqs, self.max_num_batched_tokens), epoch=epoch,
             eos_token_ids=frozenset(self.model.eos_token_ids), num_ranks=len(ranks),
             preemption_mode=config.preemption_mode, victim_policy=config.victim_policy,
             watermark_policy=config.watermark_policy, costs=costs(ranks))

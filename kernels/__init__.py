@@ -2,16 +2,17 @@
 the KV cache), `int4_ops.py`, `linear_ops.py`, `row_ops.py` and `sparsity_ops.py`, masks in `mask.py`, quantized caches
 in `kv_layout.py`, ops recorded and replayed in `recording.py`, timed in `timing.py`."""
 
-from .backends import available_backends, backend
+from .backends import ExchangeError, available_backends, backend
 from .int4_ops import quantize_blocks
 from .linear_ops import PackedLinear, linear, pack_linear
 from .mask import CAUSAL, FarSinks, Mask, Residual
 from .ops import copy_blocks, paged_attention, write_kv
 from .recording import NotRecordableError, Recording
-from .row_ops import activate, gated, rms_norm, rotate
+from .row_ops import activate, best_tokens, gated, rms_norm, rotate
 from .sparsity_ops import attention_scores, compact_rows
 from .timing import op_times
 
-__all__ = ["CAUSAL", "FarSinks", "Mask", "NotRecordableError", "PackedLinear", "Recording", "Residual", "activate",
-           "attention_scores", "available_backends", "backend", "compact_rows", "copy_blocks", "gated", "linear",
-           "op_times", "pack_linear", "paged_attention", "quantize_blocks", "rms_norm", "rotate", "write_kv"]
+__all__ = ["CAUSAL", "ExchangeError", "FarSinks", "Mask", "NotRecordableError", "PackedLinear", "Recording", "Residual",
+           "activate",
+           "attention_scores", "available_backends", "backend", "best_tokens", "compact_rows", "copy_blocks", "gated",
+           "linear", "op_times", "pack_linear", "paged_attention", "quantize_blocks", "rms_norm", "rotate", "write_kv"]

@@ -20,7 +20,8 @@ MAX_RANKS = 64
 SLOT_BYTES = 1 << 18
 """Longer messages go in pieces. Two slots of each of a few ranks stay in the cache."""
 SPIN_S = 100e-6
-"""Longer than ranks are apart in a step of one sequence, and some times what sleeping and being woken takes."""
+"""Longer than ranks are apart in a step of one sequence, and some times what sleeping and being woken takes. Others get
+the core meanwhile, so that it costs nothing where ranks share one."""
 
 
 def supported() -> bool:
@@ -61,11 +62,9 @@ class Exchange:
         self._functions = native_library().exchange
         self._region = region
         fds = (ctypes.c_int32 * world_size)(*(peer_fds or [-1] * world_size))
-        # Who shares a core with a peer does not keep it from what it waits for.
-        spin_s = SPIN_S if len(os.sched_getaffinity(0)) >= world_size else 0.0
         self._handle = self._functions.open(NativeExchangeConfig(
             ctypes.addressof(ctypes.c_char.from_buffer(region)), ctypes.addressof(fds), SLOT_BYTES,
-            int(timeout_s * 1e9), int(spin_s * 1e9), rank, world_size))
+            int(timeout_s * 1e9), int(SPIN_S * 1e9), rank, world_size))
         if self._handle is None:
             raise MemoryError("the native kernels could not get their working memory")
         # Not at exit: a thread may still be in a call then, and the process takes everything with it.

@@ -10,8 +10,15 @@ from torch import Tensor
 from . import reference
 from .backends import backend, native_library
 from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check, check_device, check_dtype
+from .huge_pages import advise_huge_pages
 from .native.library import NativeLinear
+from .packed_memory import PackedMemory
 from .recording import empty, submit
+
+# Memory of so many bytes malloc always takes from the system and gives back.
+_FRESH_BYTES = 32 * 2**20
+
+_packed_memory = PackedMemory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,8 @@ class PackedLinear:
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """Copy a weight into the layout of the current backend; its dtype, hence its size, stays (rows padded to 32).
 
+    On the native backends weights lie in chunks of memory, each of which is freed with the last weight in it.
+
     Args:
         weight: `[out_features, in_features]` float32, bfloat16 or float16; rows may be any stride apart.
         bias: `[out_features]` of any floating dtype, kept as float32.
@@ -45,8 +54,8 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         ValueError: a wrong shape, layout or device.
     """
     name = backend(weight.device.type)
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [out_features, in_features], got {list(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight must be [out_features, in_features > 0], got {list(weight.shape)}")
     n, k = weight.shape
     check_dtype("weight", weight)
     check_device("weight", weight, name)
@@ -61,7 +70,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     library = native_library()
-    packed = torch.empty(library.packed_elements(n, k), dtype=weight.dtype)
+    packed = _packed_memory.empty(library.packed_elements(n, k), weight.dtype)
     dtype_number, isa = DTYPE_NUMBERS[weight.dtype], library.isas[name]
     library.pack_linear(weight.data_ptr(), n, k, weight.stride(0), dtype_number, isa, packed.data_ptr())
     return PackedLinear(packed, bias, n, k, name)
@@ -99,6 +108,8 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
         raise ValueError(f"x must have dense rows, got strides {x.stride()}")
     library = native_library()
     out = empty((x.shape[0], packed.out_features), x.dtype)
+    if out.nbytes > _FRESH_BYTES:  # else each small page of the logits of many rows would be a page fault
+        advise_huge_pages(out.data_ptr(), out.nbytes)
     call = NativeLinear(
         x.data_ptr(),
         packed.data.data_ptr(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import row_reference
 from .backends import backend, native_library
 from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check, check_device, check_dtype, dense, token_stride
-from .native.library import NativeGate, NativeNorm, NativeRotation
+from .native.library import NativeBest, NativeGate, NativeNorm, NativeRotation
 from .recording import empty, submit
 
 # Of abi.h; what is not among them is left to torch.
@@ -162,3 +162,41 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation not in row_reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(row_reference.ACTIVATIONS)}, got {activation!r}")
     return row_reference.ACTIVATIONS[activation](x)
+
+
+def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the largest logit and its token, the lowest of equals.
+
+    Args:
+        logits: `[num_rows, num_tokens]` float32, bfloat16 or float16, at least one token; rows may be any stride apart.
+
+    Returns:
+        `[num_rows]` float32 and `[num_rows]` int64. A row that holds NaN has +inf, and the first token that is NaN.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, layout or device.
+    """
+    name = backend(logits.device.type)
+    check_dtype("logits", logits)
+    check_device("logits", logits, name)
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"logits must be [num_rows, num_tokens], at least one token, got {list(logits.shape)}")
+    if logits.stride(1) != 1 and logits.numel():
+        raise ValueError(f"logits must have dense rows, got strides {logits.stride()}")
+    if name in (REFERENCE, TRITON):
+        return row_reference.best_tokens(logits)
+    values = torch.empty(logits.shape[0])
+    ids, library = torch.empty(logits.shape[0], dtype=torch.int64), native_library()
+    call = NativeBest(
+        logits.data_ptr(),
+        values.data_ptr(),
+        ids.data_ptr(),
+        *logits.shape,
+        logits.stride(0),
+        DTYPE_NUMBERS[logits.dtype],
+        library.isas[name],
+        torch.get_num_threads(),
+    )
+    submit(library.best, call)
+    return values, ids

@@ -32,3 +32,10 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     first, second = turning.float().chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turning.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+
+
+def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    # argmax puts NaN above everything, and the first of equals first.
+    ids = logits.float().argmax(1)
+    values = logits.gather(1, ids[:, None])[:, 0].float()
+    return values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")), ids

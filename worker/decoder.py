@@ -149,12 +149,12 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[R, hidden_size]`, rows of what `forward` returned -> float32 `[R, local_vocab]`: of the token ids in
-        `layout.vocab`. An inference tensor."""
+        """`[R, hidden_size]`, of what `forward` returned -> `[R, local_vocab]`, of the token ids in `layout.vocab`:
+        in the model's dtype, or float32 where they are capped. An inference tensor."""
         with Span("logits"):
-            logits = linear(hidden, self._lm_head).float()
+            logits = linear(hidden, self._lm_head)
             cap = self.config.final_softcap
-            return logits if cap is None else (logits / cap).tanh() * cap
+            return logits if cap is None else (logits.float() / cap).tanh() * cap
 
     def _embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         # token_ids, positions: [num_tokens] -> [num_tokens, hidden_size]

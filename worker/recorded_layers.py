@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels import Recording
-from ..kernels.backends import ExchangeError
+from ..kernels import ExchangeError, Recording
 from ..protos.errors import UnavailableError
 from .batch import ForwardBatch
 from .rope import Angles

@@ -33,7 +33,7 @@ def num_blocks(config: EngineConfig, ranks: list[RankReady], max_model_len: int,
     # More than every sequence at its longest can never be used.
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     most = useful if config.num_blocks is None else config.num_blocks
-    pools = _Pools(config, ranks[0].kv_groups)
+    pools = _Pools(config, ranks[0].kv_groups, device)
     allowed = min(pools.largest(rank, rank.available_bytes // ranks_per_node[rank.node], most, 1) for rank in ranks)
     if config.num_blocks is not None:
         if config.num_blocks > allowed:
@@ -62,7 +62,7 @@ def num_host_blocks(
     """Host blocks per KV group, the same on every rank: those of `swap_space_bytes`, by default no more than there are
     device blocks. Raises `ResourcesError` when a given size is more memory than there is."""
     ranks_per_node = Counter(rank.node for rank in ranks)
-    pools = _Pools(config, ranks[0].kv_groups)
+    pools = _Pools(config, ranks[0].kv_groups, device)
     counts = []
     for rank in ranks:
         free = rank.available_host_bytes // ranks_per_node[rank.node]
@@ -103,11 +103,11 @@ def bytes_to_keep(rank: RankReady) -> int:
 class _Pools:
     """How many blocks the pools of all KV groups have, given how many those without a window have."""
 
-    def __init__(self, config: EngineConfig, kv_groups: list[KVGroupSpec]) -> None:
+    def __init__(self, config: EngineConfig, kv_groups: list[KVGroupSpec], device: str) -> None:
         # As many ended sequences as running ones keep what their next turn sees, but nothing in a residual.
         with_ended = config.max_num_seqs * (2 if config.enable_prefix_caching else 1)
         self._enough = [enough_blocks(group, config.block_size, config.max_num_seqs if group.residual else with_ended,
-                                      config.max_num_batched_tokens) for group in kv_groups]
+                                      config.batched_tokens(device)) for group in kv_groups]
 
     def counts(self, num_blocks: int) -> list[int]:
         return [num_blocks if enough is None else min(num_blocks, enough) for enough in self._enough]

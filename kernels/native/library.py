@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..checks import CacheShape
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
@@ -211,6 +211,20 @@ class NativeGate(ctypes.Structure):
     ]
 
 
+class NativeBest(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("values", c_void_p),
+        ("ids", c_void_p),
+        ("num_tokens", c_int64),
+        ("dim", c_int64),
+        ("x_stride", c_int64),
+        ("dtype", c_int32),
+        ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
 class NativeOp(ctypes.Structure):
     _fields_ = [
         ("call", c_void_p),
@@ -254,7 +268,7 @@ class NativeLibrary:
             ("write_kv", NativeCacheWrite), ("quantize_blocks", NativeQuantization), ("copy_blocks", NativeBlockCopy),
             ("paged_attention", NativeAttention), ("attention_scores", NativeScores),
             ("compact_rows", NativeCompaction), ("linear", NativeLinear), ("norm", NativeNorm),
-            ("rotate", NativeRotation), ("gate", NativeGate)]
+            ("rotate", NativeRotation), ("gate", NativeGate), ("best", NativeBest)]
         for name, call in ops:
             getattr(library, f"kvarto_{name}").argtypes = [POINTER(call), detail]
         self.write_kv = library.kvarto_write_kv
@@ -267,6 +281,7 @@ class NativeLibrary:
         self.norm = library.kvarto_norm
         self.rotate = library.kvarto_rotate
         self.gate = library.kvarto_gate
+        self.best = library.kvarto_best
         self.replay = library.kvarto_replay
         self.replay.argtypes = [POINTER(NativeOp), c_int64, POINTER(NativeStep), detail]
         self.pack_linear = library.kvarto_pack_linear

@@ -37,6 +37,41 @@ void pack(const T* weight, int64_t n, int64_t k, int64_t stride, const LinearKer
   }
 }
 
+// Jobs 0, 1, 2, ... in one range per thread: neighbours go to the same one, which reads the weight as a stream. Who is
+// through with its own range takes jobs of the others.
+class Jobs {
+ public:
+  Jobs(int64_t num_jobs, int num_threads) : num_jobs_(num_jobs), num_threads_(num_threads) {
+    if ((int64_t)next_.size() < num_threads * SPACING) next_.resize(num_threads * SPACING);
+    for (int64_t thread = 0; thread < num_threads; ++thread) next_[thread * SPACING] = begin(thread);
+    counters_ = next_.data();
+  }
+
+  template <class Run>
+  void work(int64_t thread, Run run) const {
+    for (int64_t turn = 0; turn < num_threads_; ++turn) {
+      const int64_t owner = (thread + turn) % num_threads_, end = begin(owner + 1);
+      for (int64_t job; (job = take(owner)) < end;) run(job);
+    }
+  }
+
+ private:
+  static constexpr int64_t SPACING = 8;  // a cache line per counter
+
+  int64_t begin(int64_t thread) const { return thread * num_jobs_ / num_threads_; }
+  int64_t take(int64_t owner) const {
+    int64_t job;
+#pragma omp atomic capture
+    job = counters_[owner * SPACING]++;
+    return job;
+  }
+
+  static thread_local std::vector<int64_t> next_;
+  int64_t num_jobs_, num_threads_;
+  int64_t* counters_;
+};
+thread_local std::vector<int64_t> Jobs::next_;
+
 void run(const KvartoLinear& call, const LinearKernels& kernels) {
   const int64_t num_panels = divide_up(call.n, PANEL), num_blocks = divide_up(call.m, ROW_BLOCK);
   const int64_t num_jobs = num_panels * num_blocks, block = divide_up(call.m, std::max<int64_t>(num_blocks, 1));
@@ -53,6 +88,7 @@ void run(const KvartoLinear& call, const LinearKernels& kernels) {
   const int64_t needed = wide_size + threads * scratch_size;
   if ((int64_t)memory.size() < needed) memory.resize(needed);
   float *wide = memory.data(), *scratch = wide + wide_size;
+  const Jobs jobs(num_jobs, threads);
   const void* x = as_it_is ? call.x : wide;
   const int64_t x_stride = as_it_is ? call.x_stride : wide_stride;
   if (!as_it_is) {
@@ -62,9 +98,11 @@ void run(const KvartoLinear& call, const LinearKernels& kernels) {
         kernels.to_float[call.x_dtype]((const char*)call.x + m * row_bytes, call.k, wide + m * wide_stride);
     });
   }
-  parallel_jobs(threads, num_jobs, [&](int thread, int64_t job) {
-    const int64_t m = job % num_blocks * block;
-    multiply(call, x, x_stride, job / num_blocks, m, std::min(m + block, call.m), scratch + thread * scratch_size);
+  parallel(threads, [&](int thread) {
+    jobs.work(thread, [&](int64_t job) {
+      const int64_t m = job % num_blocks * block;
+      multiply(call, x, x_stride, job / num_blocks, m, std::min(m + block, call.m), scratch + thread * scratch_size);
+    });
   });
 }
 

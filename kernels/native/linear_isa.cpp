@@ -11,13 +11,19 @@ namespace KVARTO_ISA {
 constexpr int VECTORS = PANEL / WIDTH;
 // Depth of a widened piece of a panel: 16 KiB, half of a first-level cache.
 constexpr int64_t DEPTH = 128;
-// Of one that is multiplied as it is: 32 KiB, because few rows of x need the rest.
-constexpr int64_t BF16_DEPTH = 512;
+// Of one that is multiplied as it is, several times: the next one, being brought near, fits in beside it.
+constexpr int64_t PIECE_BYTES = 20480;
 // Few rows are multiplied with the packed weight as it is: widening it would not pay.
 constexpr int64_t DIRECT_ROWS = 16;
-constexpr int64_t PREFETCH_BYTES = 4096;
+// How far ahead a panel that is read once is asked for: what the memory delivers while one line is on its way.
+constexpr int64_t AHEAD_BYTES = 8192;
+// An output so large does not wait in the caches for who reads it.
+constexpr int64_t STREAM_BYTES = 16 << 20;
+constexpr int64_t CACHE_LINE = 64;
 
 static_assert(VECTORS % 2 == 0, "16-bit columns are packed in pairs of vectors");
+
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How elements of x meet a packed weight of T: how many rows of it one step takes, and as what.
 template <class X, class T>
@@ -54,19 +60,25 @@ struct Product<bf16, bf16> {
 };
 #endif
 
-// sums[R][PANEL] (+)= x[R][depth] * weight[depth][PANEL]; fetch: the weight is not near yet.
+// What to bring near meanwhile: the memory is to work all the time, and no processor follows a stream beyond a page.
+struct Ahead {
+  const char* address;
+  int64_t step_bytes;  // per step; at most two cache lines
+};
+
+// sums[R][PANEL] (+)= x[R][depth] * weight[depth][PANEL].
 template <int R, class X, class T>
 KVARTO_INLINE void multiply_rows(const X* x, int64_t x_stride, const T* weight, int64_t depth, bool from_zero,
-                                 bool fetch, float* sums) {
+                                 Ahead ahead, float* sums) {
   using P = Product<X, T>;
   Vec held[R][VECTORS];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < VECTORS; ++n) held[r][n] = from_zero ? zero() : load(sums + r * PANEL + n * WIDTH);
   for (int64_t k = 0; k < depth; k += P::STEP) {
     const T* row = weight + k * PANEL;
-    if (fetch)
-      for (int64_t byte = 0; byte < P::STEP * PANEL * (int64_t)sizeof(T); byte += 64)
-        prefetch((const char*)row + PREFETCH_BYTES + byte);
+    prefetch(ahead.address);
+    if (ahead.step_bytes > CACHE_LINE) prefetch(ahead.address + CACHE_LINE);
+    ahead.address += ahead.step_bytes;
     typename P::Operand columns[VECTORS], factor[R];
     P::columns(row, columns);
     for (int r = 0; r < R; ++r) factor[r] = pinned(P::factor(x + r * x_stride + k));
@@ -84,31 +96,69 @@ KVARTO_INLINE void multiply_rows(const X* x, int64_t x_stride, const T* weight, 
 // As multiply_rows, of `rows` <= R rows.
 template <int R, class X, class T>
 static void multiply_few(int64_t rows, const X* x, int64_t x_stride, const T* weight, int64_t depth, bool from_zero,
-                         bool fetch, float* sums) {
-  if (rows == R) return multiply_rows<R>(x, x_stride, weight, depth, from_zero, fetch, sums);
-  if constexpr (R > 1) multiply_few<R - 1>(rows, x, x_stride, weight, depth, from_zero, fetch, sums);
+                         Ahead ahead, float* sums) {
+  if (rows == R) return multiply_rows<R>(x, x_stride, weight, depth, from_zero, ahead, sums);
+  if constexpr (R > 1) multiply_few<R - 1>(rows, x, x_stride, weight, depth, from_zero, ahead, sums);
 }
 
-// R: most rows that share each load of the weight. Before few are left over, the last of them are halved.
+// R: most rows that share each load of the weight. Before few are left over, the last of them are halved. Meanwhile
+// ahead_bytes from `ahead` on are brought near.
 template <int R, class X, class T>
 static void multiply_block(int64_t rows, const X* x, int64_t x_stride, const T* weight, int64_t depth, bool from_zero,
-                           bool fetch, float* sums) {
-  for (int64_t count; rows > 0; rows -= count, x += count * x_stride, sums += count * PANEL, fetch = false) {
+                           const void* ahead, int64_t ahead_bytes, float* sums) {
+  const int64_t steps = depth / Product<X, T>::STEP, groups = divide_up(rows, R);
+  Ahead next{(const char*)ahead, divide_up(ahead_bytes, steps * groups)};
+  for (int64_t count; rows > 0; rows -= count, x += count * x_stride, sums += count * PANEL) {
     count = rows >= 2 * R ? R : rows > R ? (rows + 1) / 2 : rows;
-    multiply_few<R>(count, x, x_stride, weight, depth, from_zero, fetch, sums);
+    multiply_few<R>(count, x, x_stride, weight, depth, from_zero, next, sums);
+    next.address += steps * next.step_bytes;
   }
+}
+
+// sums = x * the panel, as it is. The panel behind it in memory is taken for the next one.
+template <int R, class X, class T>
+static void multiply_panel(int64_t rows, const X* x, int64_t x_stride, const T* weight, int64_t k, float* sums) {
+  constexpr int64_t STEP = Product<X, T>::STEP, ROW_BYTES = PANEL * sizeof(T);
+  if (rows <= R) {
+    const char* ahead = (const char*)weight + AHEAD_BYTES;
+    return multiply_block<R>(rows, x, x_stride, weight, k, true, ahead, k * ROW_BYTES, sums);
+  }
+  const int64_t pieces = divide_up(k * ROW_BYTES, PIECE_BYTES), most = divide_up(k, pieces * STEP) * STEP;
+  for (int64_t begin = 0; begin < k; begin += most) {
+    const int64_t depth = k - begin < most ? k - begin : most;
+    const T *piece = weight + begin * PANEL, *ahead = piece + depth * PANEL;
+    multiply_block<R>(rows, x + begin, x_stride, piece, depth, begin == 0, ahead, depth * ROW_BYTES, sums);
+  }
+}
+
+static Vec add_bias(const KvartoLinear& call, int64_t column, Vec sum) {
+  return call.bias ? add(sum, load_some(call.bias + column, call.n - column)) : sum;
+}
+
+// Whole cache lines past the caches: reading each line first, to write into it, would cost as much again.
+template <class T>
+static void stream_panel(const KvartoLinear& call, int64_t first, int64_t m_begin, int64_t rows, const float* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
+    alignas(CACHE_LINE) T values[PANEL];
+    for (int64_t c = 0; c < PANEL; c += WIDTH)
+      store(values + c, add_bias(call, first + c, load(sums + r * PANEL + c)));
+    char* out = (char*)((T*)call.out + (m_begin + r) * call.n + first);
+    for (int64_t byte = 0; byte < (int64_t)sizeof values; byte += CACHE_LINE)
+      stream_line(out + byte, (const char*)values + byte);
+  }
+  stream_end();
 }
 
 template <class T>
 static void write_panel(const KvartoLinear& call, int64_t panel, int64_t m_begin, int64_t rows, const float* sums) {
   const int64_t first = panel * PANEL;
+  const bool whole_lines = call.n % PANEL == 0 && (uintptr_t)call.out % CACHE_LINE == 0;
+  if (whole_lines && call.m * call.n * (int64_t)sizeof(T) >= STREAM_BYTES)
+    return stream_panel<T>(call, first, m_begin, rows, sums);
   for (int64_t r = 0; r < rows; ++r) {
     T* out = (T*)call.out + (m_begin + r) * call.n + first;
-    for (int64_t c = 0; c < PANEL && first + c < call.n; c += WIDTH) {
-      const int64_t left = call.n - first - c;
-      const Vec sum = load(sums + r * PANEL + c);
-      store_some(out + c, call.bias ? add(sum, load_some(call.bias + first + c, left)) : sum, left);
-    }
+    for (int64_t c = 0; c < PANEL && first + c < call.n; c += WIDTH)
+      store_some(out + c, add_bias(call, first + c, load(sums + r * PANEL + c)), call.n - first - c);
   }
 }
 
@@ -152,12 +202,14 @@ static void panel(const KvartoLinear& call, const void* all_x, int64_t x_stride,
   float *sums = scratch, *wide = scratch + rows * PANEL;
   if (rows <= DIRECT_ROWS && !row_pairs) {
     constexpr int R = sizeof(T) == 4 ? MAX_LINEAR_ROWS : MAX_DIRECT_LINEAR_ROWS;
-    multiply_block<R>(rows, x, x_stride, weight, call.k, true, true, sums);
+    multiply_panel<R>(rows, x, x_stride, weight, call.k, sums);
   } else {
     for (int64_t k = 0; k < call.k; k += DEPTH) {
       const int64_t depth = call.k - k < DEPTH ? call.k - k : DEPTH;
-      widen(weight + k * PANEL, depth, row_pairs, wide);
-      multiply_block<MAX_LINEAR_ROWS>(rows, x + k, x_stride, (const float*)wide, depth, k == 0, false, sums);
+      const T *piece = weight + k * PANEL, *ahead = piece + depth * PANEL;
+      widen(piece, depth, row_pairs, wide);
+      multiply_block<MAX_LINEAR_ROWS>(rows, x + k, x_stride, (const float*)wide, depth, k == 0, ahead,
+                                      depth * PANEL * (int64_t)sizeof(T), sums);
     }
   }
   write_panel_as(call, panel, m_begin, rows, sums);
@@ -168,10 +220,7 @@ static void bf16_panel(const KvartoLinear& call, const void* all_x, int64_t x_st
                        int64_t m_end, float* sums) {
   const bf16* weight = (const bf16*)call.packed + panel * call.k * PANEL;
   const bf16* x = (const bf16*)all_x + m_begin * x_stride;
-  for (int64_t k = 0; k < call.k; k += BF16_DEPTH) {
-    const int64_t depth = call.k - k < BF16_DEPTH ? call.k - k : BF16_DEPTH;
-    multiply_block<MAX_LINEAR_ROWS>(m_end - m_begin, x + k, x_stride, weight + k * PANEL, depth, k == 0, true, sums);
-  }
+  multiply_panel<MAX_LINEAR_ROWS>(m_end - m_begin, x, x_stride, weight, call.k, sums);
   write_panel_as(call, panel, m_begin, m_end - m_begin, sums);
 }
 #else

@@ -21,22 +21,12 @@ Call recorded(const KvartoOp& op, const KvartoStep& step) {
   return call;
 }
 
-int32_t norm(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
-  auto call = recorded<KvartoNorm>(op, step);
+// Ops that differ from step to step in nothing but their number of tokens.
+template <class Call, int32_t (*function)(const Call*, int64_t*)>
+int32_t for_tokens(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+  auto call = recorded<Call>(op, step);
   call.num_tokens = step.num_tokens;
-  return kvarto_norm(&call, detail);
-}
-
-int32_t rotate(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
-  auto call = recorded<KvartoRotation>(op, step);
-  call.num_tokens = step.num_tokens;
-  return kvarto_rotate(&call, detail);
-}
-
-int32_t gate(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
-  auto call = recorded<KvartoGate>(op, step);
-  call.num_tokens = step.num_tokens;
-  return kvarto_gate(&call, detail);
+  return function(&call, detail);
 }
 
 int32_t linear(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
@@ -73,14 +63,15 @@ int32_t attend(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
   return kvarto_paged_attention(&call, detail);
 }
 
-int32_t all_reduce(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
-  auto call = recorded<KvartoAllReduce>(op, step);
-  call.num_tokens = step.num_tokens;
-  return kvarto_all_reduce(&call, detail);
-}
-
 constexpr int32_t (*RUN[KVARTO_NUM_OPS])(const KvartoOp&, const KvartoStep&, int64_t*) = {
-    norm, rotate, gate, linear, write_kv, quantize_blocks, attend, all_reduce,
+    for_tokens<KvartoNorm, kvarto_norm>,
+    for_tokens<KvartoRotation, kvarto_rotate>,
+    for_tokens<KvartoGate, kvarto_gate>,
+    linear,
+    write_kv,
+    quantize_blocks,
+    attend,
+    for_tokens<KvartoAllReduce, kvarto_all_reduce>,
 };
 
 int32_t run_all(const KvartoOp* ops, int64_t num_ops, const KvartoStep* step, int64_t* detail) {

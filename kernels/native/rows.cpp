@@ -36,4 +36,8 @@ int32_t kvarto_rotate(const KvartoRotation* call, int64_t*) {
 int32_t kvarto_gate(const KvartoGate* call, int64_t*) {
   return run(*call, call->dim, kernels(call->isa).gate[call->dtype]);
 }
+
+int32_t kvarto_best(const KvartoBest* call, int64_t*) {
+  return run(*call, call->dim, kernels(call->isa).best[call->dtype]);
+}
 }

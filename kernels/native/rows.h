@@ -37,6 +37,16 @@ struct KvartoGate {
   int32_t activation, dtype, isa, num_threads;
 };
 
+// Of each row the largest element and its place, the first of equals; a NaN counts as +inf and is above everything.
+struct KvartoBest {
+  const void* x;  // [num_tokens, dim], rows x_stride elements apart
+  float* values;  // [num_tokens]
+  int64_t* ids;   // [num_tokens]
+  int64_t num_tokens, dim, x_stride;
+  int32_t dtype, isa, num_threads;
+};
+
+int32_t kvarto_best(const KvartoBest* call, int64_t* detail);
 int32_t kvarto_norm(const KvartoNorm* call, int64_t* detail);
 int32_t kvarto_rotate(const KvartoRotation* call, int64_t* detail);
 int32_t kvarto_gate(const KvartoGate* call, int64_t* detail);
@@ -49,6 +59,7 @@ struct RowKernels {
   void (*norm[KVARTO_NUM_FLOATS])(const KvartoNorm&, int64_t begin, int64_t end);
   void (*rotate[KVARTO_NUM_FLOATS])(const KvartoRotation&, int64_t begin, int64_t end);
   void (*gate[KVARTO_NUM_FLOATS])(const KvartoGate&, int64_t begin, int64_t end);
+  void (*best[KVARTO_NUM_FLOATS])(const KvartoBest&, int64_t begin, int64_t end);
 };
 
 }  // namespace kvarto

@@ -93,11 +93,74 @@ static void gate(const KvartoGate& call, int64_t begin, int64_t end) {
   }
 }
 
+constexpr int64_t STRETCH = 1024;  // elements that are looked through again for the place of their largest
+
+// The largest of count elements, and whether any of them is not finite: then it may be any of them.
+template <class T>
+KVARTO_INLINE float largest(const T* x, int64_t count, bool& not_finite) {
+  const Vec lowest = set1(-__builtin_inff());
+  Vec top = lowest, other = lowest, zeros = zero();
+  int64_t d = 0;
+  for (; d + 2 * WIDTH <= count; d += 2 * WIDTH) {
+    const Vec a = load(x + d), b = load(x + d + WIDTH);
+    top = max(top, a), other = max(other, b);
+    zeros = fma(a, zero(), fma(b, zero(), zeros));
+  }
+  float found = reduce_max(max(top, other));
+  for (; d < count; d += WIDTH) {
+    const Vec v = load_some(x + d, count - d);
+    zeros = fma(v, zero(), zeros);
+    float lanes[WIDTH];
+    store(lanes, v);
+    for (int64_t i = 0; i < WIDTH && d + i < count; ++i) found = lanes[i] > found ? lanes[i] : found;
+  }
+  not_finite = reduce_add(zeros) != 0.0f;
+  return found;
+}
+
+// The first element that is NaN or else the largest of count elements.
+template <class T>
+static void best_of(const T* x, int64_t count, float& value, int64_t& place) {
+  value = -__builtin_inff(), place = 0;
+  for (int64_t d = 0; d < count; d += WIDTH) {
+    float lanes[WIDTH];
+    store(lanes, load_some(x + d, count - d));
+    for (int64_t i = 0; i < WIDTH && d + i < count; ++i) {
+      if (__builtin_isnan(lanes[i])) {
+        value = __builtin_inff(), place = d + i;
+        return;
+      }
+      if (lanes[i] > value) value = lanes[i], place = d + i;
+    }
+  }
+}
+
+template <class T>
+static void best(const KvartoBest& call, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    const T* x = (const T*)call.x + token * call.x_stride;
+    float top = -__builtin_inff();
+    int64_t from = 0;
+    bool any_not_finite = false;
+    for (int64_t d = 0; d < call.dim && !any_not_finite; d += STRETCH) {
+      const int64_t left = call.dim - d;
+      const float found = largest(x + d, left < STRETCH ? left : STRETCH, any_not_finite);
+      if (found > top) top = found, from = d;
+    }
+    int64_t count = call.dim - from;
+    if (any_not_finite) from = 0, count = call.dim;
+    else if (count > STRETCH) count = STRETCH;
+    best_of(x + from, count, call.values[token], call.ids[token]);
+    call.ids[token] += from;
+  }
+}
+
 extern const RowKernels row_kernels;
 const RowKernels row_kernels = {
     {norm<float>, norm<bf16>, norm<f16>},
     {rotate<float>, rotate<bf16>, rotate<f16>},
     {gate<float>, gate<bf16>, gate<f16>},
+    {best<float>, best<bf16>, best<f16>},
 };
 
 }  // namespace KVARTO_ISA

@@ -1,6 +1,5 @@
-// Threads that stay awake for a step. Waking one costs 10 to 100 microseconds in a virtual machine, which a step's
-// hundreds of ops would pay again and again: libgomp's threads sleep as soon as a process has had more of them than
-// cores, and one that runs the engine beside a caller's thread has.
+// Threads that stay awake for a step. libgomp's go to sleep when they have waited a little, and waking one costs 10 to
+// 100 microseconds in a virtual machine: a step's hundreds of ops would pay it again and again.
 #include "team.h"
 
 #include <omp.h>

@@ -71,7 +71,7 @@ class Reader:
             hidden = self.decoder.forward(build(layout, self.table, CPU), self.caches)
             self.table.num_computed[layout.rows] = layout.ends
             wanted = torch.tensor([tokens[place + 1] for tokens in self.contexts])
-            rows.append(self.decoder.logits(hidden).log_softmax(-1).gather(1, wanted[:, None])[:, 0])
+            rows.append(self.decoder.logits(hidden).float().log_softmax(-1).gather(1, wanted[:, None])[:, 0])
         return torch.stack(rows, 1)
 
 

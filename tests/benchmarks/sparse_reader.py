@@ -99,4 +99,4 @@ class SparseReader:
 
     def _score(self, hidden: torch.Tensor, place: int) -> torch.Tensor:
         wanted = torch.tensor([tokens[place] for tokens in self.contexts])
-        return self.decoder.logits(hidden).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        return self.decoder.logits(hidden).float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]

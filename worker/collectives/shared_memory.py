@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.backends import ExchangeError
+from ...kernels import ExchangeError
 from ...kernels.exchange_ops import Exchange
 from ...protos.errors import UnavailableError
 from .communicator import Communicator

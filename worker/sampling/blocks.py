@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...kernels import best_tokens
 from . import keys
 
 BLOCK = 32
@@ -60,14 +61,11 @@ def take_blocks(logits: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tenso
     return values, columns
 
 
-def best_keys(logits: torch.Tensor, maxima: torch.Tensor, vocab_start: int) -> torch.Tensor:
+def best_keys(logits: torch.Tensor, vocab_start: int) -> torch.Tensor:
     """Key of the best token of each row's slice, `[R]` int64. A row that holds NaN gets a key whose logit is +inf."""
-    # logits: [R, V]; maxima: [R, num_blocks]
-    values, columns = take_blocks(logits, maxima.argmax(1, keepdim=True))
-    # argmax puts NaN above everything, and the first of equals first.
-    place = values.argmax(1, keepdim=True)
-    best = values.gather(1, place).nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-    return keys.encode(best, columns.gather(1, place) + vocab_start).squeeze(1)
+    # logits: [R, V], any floating dtype
+    values, columns = best_tokens(logits)
+    return keys.encode(values, columns + vocab_start)
 
 
 def top_keys(logits: torch.Tensor, maxima: torch.Tensor, vocab_start: int, count: int) -> torch.Tensor:

@@ -75,7 +75,7 @@ def _exchange(
     scales = torch.full((len(logits),), float(_LOG2_E), device=logits.device)
     # Of this slice, relative to its best.
     masses = block_weights(logits, maxima.amax(1), scales).sum(1)
-    best = best_keys(logits, maxima, vocab_start)
+    best = best_keys(logits, vocab_start)
     gathered = comm.all_gather_rows(torch.cat(
         [torch.stack([best, masses.view(torch.int64), *others], dim=1), top_keys(logits, maxima, vocab_start, most)],
         dim=1)).cpu().numpy()

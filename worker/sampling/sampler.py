@@ -72,7 +72,8 @@ class Sampler:
     def sample(self, logits: torch.Tensor, states: list[SamplingState], positions: list[int]) -> list[Sampled]:
         """The next token of each row, the same on every rank.
 
-        `logits` `[R, local_vocab]` float32; penalties, bias and the mask of `min_tokens` change it in place.
+        `logits` `[R, local_vocab]` of any floating dtype; penalties, bias and the mask of `min_tokens` may change it in
+        place.
         `positions`: index in its sequence of the token that each row is about to gain. The states stay as they are:
         `append` tells them. Raises `NonFiniteLogitsError`, on every rank alike, and `ValueError` for wrong shapes.
         """
@@ -82,6 +83,8 @@ class Sampler:
         if not states:
             return []
         asking = [row for row, state in enumerate(states) if state.num_logprobs is not None]
+        if not all(state.takes_the_best for state in states):
+            logits = logits.float()
         # A copy: edits follow.
         raw = logits[torch.tensor(asking, device=logits.device)] if asking else None
 
@@ -98,34 +101,35 @@ class Sampler:
     def prompt_logprobs(self, logits: torch.Tensor, target_ids: list[int], num_top: int) -> list[TokenLogprobs]:
         """Of `target_ids[i]` at row i, with the `num_top` likeliest tokens there. Two collectives, none if P = 0.
 
-        `logits` `[P, local_vocab]` float32, unchanged. Raises `NonFiniteLogitsError`, and `ValueError` for wrong
-        shapes or a token outside the vocabulary.
+        `logits` `[P, local_vocab]` of any floating dtype, unchanged. Raises `NonFiniteLogitsError`, and `ValueError`
+        for wrong shapes or a token outside the vocabulary.
         """
         self._check(logits, len(target_ids), "target ids")
         if not target_ids:
             return []
-        return gather_logprobs(self._comm, logits, self._start, target_ids, [num_top] * len(target_ids))
+        return gather_logprobs(self._comm, logits.float(), self._start, target_ids, [num_top] * len(target_ids))
 
     def likeliest(self, logits: torch.Tensor, counts: list[int]) -> list[tuple[list[int], list[float]]]:
         """Of each row the ids of the `counts[i]` likeliest tokens, best first, and their log probabilities; fewer only
         where no more are possible. One collective, none if there is no row.
 
-        `logits` `[R, local_vocab]` float32, unchanged. Raises `NonFiniteLogitsError`, and `ValueError` for a wrong
-        shape.
+        `logits` `[R, local_vocab]` of any floating dtype, unchanged. Raises `NonFiniteLogitsError`, and `ValueError`
+        for a wrong shape.
         """
         self._check(logits, len(counts), "counts")
-        return gather_likeliest(self._comm, logits, self._start, counts) if counts else []
+        return gather_likeliest(self._comm, logits.float(), self._start, counts) if counts else []
 
     def _check(self, logits: torch.Tensor, num_rows: int, what: str) -> None:
-        if logits.dtype != torch.float32 or logits.shape != (num_rows, self._local_vocab):
-            raise ValueError(f"logits must be [{num_rows}, {self._local_vocab}] float32 for {num_rows} {what}, "
+        if not logits.is_floating_point() or logits.shape != (num_rows, self._local_vocab):
+            raise ValueError(f"logits must be [{num_rows}, {self._local_vocab}], floating, for {num_rows} {what}, "
                              f"got {list(logits.shape)} {logits.dtype}")
 
     def _draw(self, logits: torch.Tensor, batch: Batch) -> NDArray[np.int64]:
         # logits: [R, V], edited -> token ids [R]
-        maxima = block_maxima(logits)
-        parts = [best_keys(logits, maxima, self._start)]
+        parts = [best_keys(logits, self._start)]
         weights = None
+        if len(batch.weighed) or len(batch.truncated):
+            maxima = block_maxima(logits)
         if len(batch.weighed):
             weights = block_weights(take_rows(logits, batch.weighed), take_rows(maxima, batch.weighed).amax(1),
                                     torch.from_numpy(batch.scales[batch.weighed]).float().to(logits.device))

@@ -20,7 +20,7 @@ class SamplingState:
 
     __slots__ = ("bias_columns", "bias_values", "counts", "frequency_penalty", "min_p", "min_tokens", "num_logprobs",
                  "num_output_tokens", "presence_penalty", "repetition_penalty", "seed", "seq_index", "stop_columns",
-                 "temperature", "top_k", "top_p")
+                 "takes_the_best", "temperature", "top_k", "top_p")
 
     def __init__(
         self,
@@ -67,6 +67,9 @@ class SamplingState:
         self.bias_values = np.array(
             [params.logit_bias[int(column) + vocab_start] for column in self.bias_columns], dtype=np.float32)
         self.stop_columns = local_columns({*eos_token_ids, *params.stop_token_ids})
+        self.takes_the_best = (params.greedy and params.logprobs is None and self.counts is None
+                               and not params.logit_bias and not params.min_tokens)
+        """Whether nothing of its logits matters but which is the largest."""
 
     def append(self, token_id: int) -> None:
         """The sequence gained `token_id`. Takes the same time however long the sequence is."""

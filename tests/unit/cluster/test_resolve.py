@@ -120,6 +120,14 @@ def test_frontends_are_told_how_many_sequences_a_step_really_holds():
     assert info(max_num_seqs=64, max_num_batched_tokens=32).max_num_seqs == 32
 
 
+@pytest.mark.parametrize(("device", "has_cuda", "tokens"), [("cpu", True, 256), ("auto", False, 256),
+                                                            ("cuda", True, 2048)])
+def test_steps_are_short_on_a_processor(device, has_cuda, tokens):
+    assert resolved(device=device, has_cuda=has_cuda).rank_config(0, 1).max_num_batched_tokens == tokens
+    given = resolved(device=device, has_cuda=has_cuda, max_num_batched_tokens=77)
+    assert given.rank_config(0, 1).max_num_batched_tokens == 77
+
+
 def test_both_pools_are_sized():
     assert resolved(num_blocks=50).blocks([rank()]) == ([50], [50])
 

@@ -72,6 +72,15 @@ def test_bits_of_a_row_do_not_depend_on_the_others_or_the_threads(n: int, k: int
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [4096, 4097])
+def test_outputs_larger_than_the_caches(n: int, dtype: torch.dtype) -> None:
+    """17 or 34 MB: whole lines are written past the caches, and memory of more than 32 MiB is fresh."""
+    weight, bias, x = torch.randn(n, 6).to(dtype), torch.randn(n), torch.randn(2100, 6).to(dtype)
+    assert_close_to_float64(x, weight, bias, linear(x, pack_linear(weight, bias)))
+
+
+@pytest.mark.usefixtures("backend")
 def test_infinity_and_nan_reach_only_their_own_row() -> None:
     packed = pack_linear(torch.randn(40, 64).bfloat16())
     x = torch.randn(20, 64).bfloat16()
@@ -96,6 +105,8 @@ def test_packed_weight_keeps_its_backend(native_backend: str, monkeypatch: pytes
 def test_bad_input_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="weight must be"):
         pack_linear(torch.zeros(3))
+    with pytest.raises(ValueError, match="weight must be"):
+        pack_linear(torch.zeros(3, 0))
     with pytest.raises(TypeError, match="weight must be float32"):
         pack_linear(torch.zeros(3, 4, dtype=torch.int8))
     with pytest.raises(ValueError, match="bias must have shape"):

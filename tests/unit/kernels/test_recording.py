@@ -147,7 +147,9 @@ def test_what_is_no_native_op_is_named_and_nothing_stays_recorded() -> None:
 
 
 def test_a_replay_raises_what_its_ops_raise() -> None:
-    recording, _, _ = record(Layers(torch.float32), torch.float32)
+    # The recording keeps neither weights and cache nor what it reads.
+    layers = Layers(torch.float32)
+    recording, *_inputs = record(layers, torch.float32)
     step = make_step([2, 3], [0, 0])
     step.slot_mapping[0][3] = NUM_BLOCKS * BLOCK_SIZE
     with pytest.raises(ValueError, match="slot of token 3"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvarto.kernels import activate, gated, rms_norm, rotate
+from kvarto.kernels import activate, best_tokens, gated, rms_norm, rotate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("backend")
@@ -125,3 +125,32 @@ def test_bad_input_is_refused_by_name() -> None:
         gated(torch.randn(4, 7), "silu")
     with pytest.raises(ValueError, match="activation must be one of"):
         activate(x, "swish")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 49152), (40, 330), (2, 1024), (5, 1057), (1, 17), (70, 3000)])
+def test_the_best_token_is_the_first_of_the_largest(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    # So few values that most are there many times.
+    logits = (torch.randint(-9, 9, shape) - 20).to(dtype)
+    values, ids = best_tokens(logits)
+    expected = logits.double().amax(1)
+    assert torch.equal(values.double(), expected)
+    assert ids.tolist() == [row.tolist().index(best) for row, best in zip(logits.double(), expected, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_best_token_among_what_is_not_finite(dtype: torch.dtype) -> None:
+    inf = float("inf")
+    logits = torch.randn(6, 2500).to(dtype)
+    logits[0, 2100] = torch.nan
+    logits[0, 2400] = inf
+    logits[1, 7] = inf
+    logits[2] = -inf
+    logits[3, 5:] = -inf
+    logits[4, :2499] = -inf
+    logits[5, 1000] = 90.0
+    values, ids = best_tokens(logits)
+    assert values[:3].tolist() == [inf, inf, -inf]
+    assert ids[:3].tolist() == [2100, 7, 0]
+    assert ids[3:].tolist() == [int(logits[3, :5].argmax()), 2499, 1000]
+    assert torch.equal(values[3:], logits[[3, 4, 5], ids[3:]].float())

@@ -46,7 +46,7 @@ class Driver:
     def __init__(self, path, tp_size=1, num_host_blocks=12, **changes):
         config = dict(
             model=read_model_config(path), dtype="float32", device="cpu", tp_size=tp_size, epoch=1,
-            block_size=BLOCK_SIZE, max_model_len=100, max_num_seqs=3, max_num_batched_tokens=64, num_threads=1,
+            block_size=BLOCK_SIZE, max_model_len=100, max_num_seqs=3, max_num_batched_tokens=96, num_threads=1,
             step_timeout_s=20, lease_s=2) | changes
         comms = [SingleRank()] if tp_size == 1 else thread_group(tp_size, "cpu", timeout_s=20)
         self.ranks = [Rank(RankConfig(rank=rank, **config), comm) for rank, comm in enumerate(comms)]
