@@ -130,6 +130,8 @@ constexpr int64_t MAX_HEAD_DIM = 256;
 // Columns of a weight that are packed side by side.
 constexpr int64_t PANEL = 32;
 constexpr int64_t DIM_ALIGN = 32;
+// A column of a query takes up to so many floats of scratch, however it is laid out.
+constexpr int64_t QUERY_FLOATS = 2;
 // A record is one query row's softmax state over a range of KV rows: first the max; from RECORD_SUM the sum of weights,
 // spread over the lanes of a vector; from RECORD_HEAD the weighted sum of V.
 constexpr int64_t RECORD_SUM = 16;

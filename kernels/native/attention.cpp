@@ -189,7 +189,7 @@ void run(const KvartoAttention& call, const AttentionKernels& kernels) {
   });
 
   // As in attention_rows.h; a row's span takes 4 floats.
-  const int64_t scratch_size = max_rows * (padded_dim + 2 * record + TILE + LINE) + TILE * padded_dim;
+  const int64_t scratch_size = max_rows * (QUERY_FLOATS * padded_dim + 2 * record + TILE + LINE) + TILE * padded_dim;
   AttentionQueue shared = {queue.data(), (int64_t)queue.size(), 0};
   const int threads = (int)std::max<int64_t>(1, std::min(budget, shared.num_tiles));
   float* scratch = reserve(scratch_memory, scratch_size * threads);

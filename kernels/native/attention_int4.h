@@ -169,10 +169,10 @@ static void attend_widened(const KvartoAttention& call, const Sight& sight, cons
           const int64_t angles = (first + j) * call.num_angles;
           turn_back(scratch.wide + j * shape.padded_dim, call.cos + angles, call.sin + angles, call.num_angles);
         }
-      score(scratch.query + row * shape.padded_dim, widened, scratch.seen, shape, weights, nullptr);
+      score(scratch.query + row * shape.padded_dim, widened, scratch.seen, shape, weights, nullptr, nullptr);
       for (int64_t r = 0; r < shape.rows; ++r)
         if (!scratch.seen[r].empty())
-          softmax_step(weights + r * TILE, scratch.seen[r], bend, shape, sums + r * shape.record);
+          softmax_step<float>(weights + r * TILE, scratch.seen[r], bend, shape, sums + r * shape.record);
       rows.values(first, held, head, scratch.wide);
       add_values(weights, widened, scratch.seen, shape, sums, nullptr);
     }

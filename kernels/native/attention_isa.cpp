@@ -2,7 +2,7 @@
 //
 // Every query row goes through the same operations on the same operands whatever tile, batch or
 // thread it is in: a dot product accumulates in WIDTH lanes over head_dim and is reduced in one
-// fixed order; tiles and chunks of KV rows lie at fixed row numbers; V is added row after row;
+// fixed order; tiles and chunks of KV rows lie at fixed row numbers; V is added row after row, or pair after pair;
 // the sinks behind the window, then the chunks and then what is from the residual are folded in order. Rows the query does not see
 // are never multiplied in, not even by 0; of those that no query row of the tile sees, the nearest
 // neighbours of seen ones may be read, in the same block.
@@ -33,6 +33,7 @@ template <class T>
 static void attend_piece(const KvartoAttention& call, const Sight& sight, const Shape& shape, const RowFinder& rows,
                          const Scratch& scratch, float* records, Ahead* ahead) {
   using Query = typename QueryFor<T>::type;
+  using Weight = typename Weights<T>::type;
   const Span all = {sight(0).begin, sight(shape.rows - 1).end};
   const bool turned = sight.far && call.cos;
   // Many query rows pay for widening K and V once; and a last partial vector must not be read from the cache.
@@ -48,7 +49,7 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
     sight.places(first, shape.rows, scratch.seen);
     for (int64_t head = 0; head < shape.heads; ++head) {
       const TileRows<T> keys = rows.keys<T>(places, head);
-      const int64_t row = head * shape.rows, element = row * shape.padded_dim;
+      const int64_t row = head * shape.rows, element = row * shape.padded_dim * COLUMN<Query>;
       float* scores = scratch.weights + row * TILE;
       if (wide_keys) {
         const auto widened = widen<T>(held, shape, scratch.wide, ahead, [&](int64_t j, float* key) {
@@ -56,16 +57,17 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
           const int64_t angles = (first + j) * call.num_angles;
           if (turned) turn_back(key, call.cos + angles, call.sin + angles, call.num_angles);
         });
-        score(scratch.query + element, widened, scratch.seen, shape, scores, nullptr);
+        score(scratch.query + row * shape.padded_dim, widened, scratch.seen, shape, scores, nullptr, nullptr);
       } else {
-        score((const Query*)scratch.query + element, keys, scratch.seen, shape, scores, ahead);
+        score((const Query*)scratch.query + element, keys, scratch.seen, shape, scores, scratch.wide, ahead);
       }
     }
     for (int64_t head = 0; head < shape.heads; ++head) {
       if (QUANTIZED<T>) scales.load(rows, places, head);
       for (int64_t r = 0, row = head * shape.rows; r < shape.rows; ++r, ++row) {
         const Span seen = scratch.seen[r];
-        if (!seen.empty()) softmax_step(scratch.weights + row * TILE, seen, bend, shape, records + row * shape.record);
+        if (!seen.empty())
+          softmax_step<Weight>(scratch.weights + row * TILE, seen, bend, shape, records + row * shape.record);
         if (ahead) ahead->use_scores(head_bytes / shape.rows);
       }
     }
@@ -74,7 +76,7 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
       const int64_t row = head * shape.rows;
       const float* weights = scratch.weights + row * TILE;
       float* sums = records + row * shape.record;
-      if (wide) {
+      if (wide && !Weights<T>::PAIRED) {
         const auto widened = widen<T>(held, shape, scratch.wide, ahead, [&](int64_t j, float* value) {
           widen_value(values[j], shape.dim, value);
         });

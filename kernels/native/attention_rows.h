@@ -96,7 +96,7 @@ struct Scratch {
   Scratch(float* memory, const Shape& shape) {
     const int64_t rows = shape.all_rows();
     query = memory;
-    piece = query + rows * shape.padded_dim;
+    piece = query + rows * shape.padded_dim * QUERY_FLOATS;
     running = piece + rows * shape.record;
     weights = running + rows * shape.record;
     wide = weights + rows * TILE;
@@ -116,15 +116,32 @@ struct QueryFor<bf16> {
 };
 #endif
 
+// Elements that a column of a query of S takes.
+template <class S>
+constexpr int64_t COLUMN = 1;
+#if defined(__AVX512BF16__)
+template <>
+constexpr int64_t COLUMN<bf16> = QUADS;
+static_assert(QUADS * sizeof(bf16) <= QUERY_FLOATS * sizeof(float), "scratch has room for it");
+
+// Makes of a row what its products with quads of keys take: from the back, since it grows where it stands.
+static inline void spread_query(bf16* row, int64_t padded_dim) {
+  for (int64_t d = padded_dim - 2 * WIDTH; d >= 0; d -= 2 * WIDTH) spread(load_pairs(row + d), row + d * QUADS);
+}
+#endif
+static inline void spread_query(float*, int64_t) {}
+
 template <class S, class T>
 static void load_queries_as(const KvartoAttention& call, const T* query, int64_t stride, const AttentionTile& tile,
                             const Shape& shape, S* out) {
   for (int64_t r = 0; r < shape.all_rows(); ++r) {
     const T* row = query + shape.element(call, tile, r, stride);
+    S* held = out + r * shape.padded_dim * COLUMN<S>;
     for (int64_t d = 0; d < shape.padded_dim; d += WIDTH) {
       const int64_t left = shape.dim - d;
-      store(out + r * shape.padded_dim + d, left > 0 ? load_some(row + d, left) : zero());
+      store(held + d, left > 0 ? load_some(row + d, left) : zero());
     }
+    spread_query(held, shape.padded_dim);
   }
 }
 

@@ -40,8 +40,9 @@ KVARTO_INLINE void clear_all(const Shape& shape, float* records) {
   for (int64_t r = 0; r < shape.all_rows(); ++r) clear(shape, records + r * shape.record);
 }
 
-// Turns the scores of a tile into weights exp2(score - max), and the record's max, sum and sums of V to that max.
-// Scores that are not seen may be anything.
+// Turns the scores of a tile into weights exp2(score - max) in their place, as Weight, and the record's max, sum and
+// sums of V to that max. Scores that are not seen may be anything; their weights are 0.
+template <class Weight>
 static inline void softmax_step(float* scores, Span seen, const Bend& bend, const Shape& shape, float* record) {
   constexpr int64_t VECTORS = TILE / WIDTH;
   Vec parts[VECTORS];
@@ -65,7 +66,7 @@ static inline void softmax_step(float* scores, Span seen, const Bend& bend, cons
   for (int64_t i = 0; i < VECTORS; ++i) {
     const Vec weight = exp2(sub(parts[i], top));
     sum = add(sum, weight);
-    store(scores + i * WIDTH, bend.weight(weight, i * WIDTH));
+    store((Weight*)scores + i * WIDTH, bend.weight(weight, i * WIDTH));
   }
   store(record + RECORD_SUM, sum);
 }

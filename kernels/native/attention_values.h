@@ -1,8 +1,9 @@
-// The weighted sum of a tile of V for the query rows of one KV head. Sums lie as load_pair gives columns: it widens
-// two vectors of bf16 in two instructions if it may have even and odd columns apart. load_sums puts that right.
+// The weighted sum of a tile of V for the query rows of one KV head. Unless rows go in pairs, sums lie as load_pair
+// gives columns: it widens two vectors of bf16 in two instructions if it may have even and odd columns apart. load_sums
+// puts either right.
 #pragma once
 
-#include "attention_scores.h"
+#include "attention_pairs.h"
 
 namespace kvarto {
 namespace KVARTO_ISA {
@@ -69,32 +70,39 @@ static void widen_value(const T* in, int64_t dim, float* out) {
 // Columns d .. d + 2 * WIDTH of sums of values of cache_dtype.
 KVARTO_INLINE void load_sums(const float* sums, int32_t cache_dtype, int64_t d, int64_t dim, Vec& low, Vec& high) {
   low = load(sums + d), high = load(sums + d + WIDTH);
-  if (cache_dtype == KVARTO_BF16 && d + 2 * WIDTH <= dim) interleave(low, high);
+  if (cache_dtype != KVARTO_BF16) return;
+#if defined(__AVX512BF16__)
+  (void)dim, unzip(low, high);
+#else
+  if (d + 2 * WIDTH <= dim) interleave(low, high);
+#endif
 }
 
-// Adds what a KV head's query rows see of V to their records, times the weights.
+// Adds what a KV head's query rows see of V to their records, times the weights, which lie TILE floats apart.
 template <class T>
 static void add_values(const float* weights, const TileRows<T>& values, const Span* seen, const Shape& shape,
                        float* records, Ahead* ahead) {
-  const int64_t dim = round_up(shape.dim, WIDTH);
+  using W = Weights<T>;
+  constexpr int64_t STEP = W::PAIRED ? 2 : 1;
+  const int64_t dim = W::PAIRED ? shape.dim : round_up(shape.dim, WIDTH);
   each_few(shape.rows, [&](auto count, int64_t first) {
     constexpr int Q = decltype(count)::value;
     const auto add = [&](auto few, int64_t r, Span rows, Ahead* pace) {
       constexpr int N = decltype(few)::value;
       if (rows.empty()) return;
-      accumulate<N>(weights + r * TILE, values, rows, dim, records + r * shape.record + RECORD_HEAD, shape.record,
-                    pace);
+      accumulate<N>((const typename W::type*)(weights + r * TILE), values, rows, dim,
+                    records + r * shape.record + RECORD_HEAD, shape.record, pace);
     };
     const int64_t last = first + Q - 1;
-    // What all see is read once for all; before and behind it, each goes alone, so that all add row after row.
-    const Span common = {seen[last].begin, seen[first].end};
+    // What all see is read once for all; before and behind it, each goes alone, so that all add step after step.
+    const Span common = {round_up(seen[last].begin, STEP), seen[first].end & -STEP};
     if (common.empty()) {
       for (int64_t r = first; r <= last; ++r) add(Count<1>(), r, seen[r], nullptr);
       return;
     }
-    for (int64_t r = first; r < last; ++r) add(Count<1>(), r, {seen[r].begin, common.begin}, nullptr);
+    for (int64_t r = first; r <= last; ++r) add(Count<1>(), r, {seen[r].begin, common.begin}, nullptr);
     add(count, first, common, first == 0 ? ahead : nullptr);
-    for (int64_t r = first + 1; r <= last; ++r) add(Count<1>(), r, {common.end, seen[r].end}, nullptr);
+    for (int64_t r = first; r <= last; ++r) add(Count<1>(), r, {common.end, seen[r].end}, nullptr);
   });
 }
 

@@ -101,7 +101,7 @@ class Wave {
   void run() {
     const int64_t padded_dim = divide_up(call.cache.head_dim, DIM_ALIGN) * DIM_ALIGN, tile_rows = tile_queries * group;
     // As in scores_isa.cpp; a row's span takes 4 floats, its state 2.
-    const int64_t scratch_size = tile_rows * (padded_dim + TILE + 6) + TILE * padded_dim;
+    const int64_t scratch_size = tile_rows * (QUERY_FLOATS * padded_dim + TILE + 6) + TILE * padded_dim;
     const int threads = work < SERIAL_WORK ? 1 : std::max(1, call.num_threads);
     static thread_local std::vector<float> kept_memory, scratch_memory;
     static thread_local std::vector<SoftmaxState> state_memory;

@@ -18,7 +18,7 @@ struct ScoreScratch {
 
   ScoreScratch(float* memory, const Shape& shape) {
     query = memory;
-    scores = query + shape.rows * shape.padded_dim;
+    scores = query + shape.rows * shape.padded_dim * QUERY_FLOATS;
     keys = scores + shape.rows * TILE;
     seen = (Span*)(keys + TILE * shape.padded_dim);
     states = (SoftmaxState*)(seen + shape.rows);
@@ -70,9 +70,9 @@ KVARTO_INLINE void each_score(const KvartoAttention& call, const AttentionTile& 
       scratch.seen[r] = {0, smaller(larger(tile.first_visible + r / shape.group - first, 0), TILE)};
     if (wide) {
       const TileRows<float> widened = widen_keys(keys, held.end, shape, scratch.keys);
-      score(scratch.query, widened, scratch.seen, shape, scratch.scores, nullptr);
+      score(scratch.query, widened, scratch.seen, shape, scratch.scores, nullptr, nullptr);
     } else {
-      score((const Query*)scratch.query, keys, scratch.seen, shape, scratch.scores, nullptr);
+      score((const Query*)scratch.query, keys, scratch.seen, shape, scratch.scores, scratch.keys, nullptr);
     }
     for (int64_t r = 0; r < shape.rows; ++r) {
       const int64_t count = scratch.seen[r].end;
