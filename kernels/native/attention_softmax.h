@@ -40,8 +40,12 @@ KVARTO_INLINE void clear_all(const Shape& shape, float* records) {
   for (int64_t r = 0; r < shape.all_rows(); ++r) clear(shape, records + r * shape.record);
 }
 
-// Turns the scores of a tile into weights exp2(score - max) in their place, as Weight, and the record's max, sum and
-// sums of V to that max. Scores that are not seen may be anything; their weights are 0.
+// A record keeps the max that its sums are relative to until a score is this much higher: it then still holds all it has
+// to, and most tiles need neither their own max nor a change of what was summed.
+constexpr float HEADROOM = 8.0f;
+
+// Turns the scores of a tile into weights exp2(score - max) in their place, as Weight, and adds them to the record's
+// sum. Scores that are not seen may be anything; their weights are 0.
 template <class Weight>
 static inline void softmax_step(float* scores, Span seen, const Bend& bend, const Shape& shape, float* record) {
   constexpr int64_t VECTORS = TILE / WIDTH;
@@ -55,8 +59,8 @@ static inline void softmax_step(float* scores, Span seen, const Bend& bend, cons
   }
   Vec best = parts[0];
   for (int64_t i = 1; i < VECTORS; ++i) best = max(best, parts[i]);
-  const float highest = reduce_max(best);
-  if (!(highest <= record[0])) {  // else what is there would shrink by exactly 1
+  if (any_greater(best, set1(record[0] + HEADROOM))) {
+    const float highest = reduce_max(best);
     const Vec decay = exp2(set1(record[0] - highest));
     record[0] = highest;
     for (int64_t d = RECORD_SUM; d < shape.record; d += WIDTH) store(record + d, mul(load(record + d), decay));

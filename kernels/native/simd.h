@@ -51,7 +51,7 @@ KVARTO_INLINE Vec load_some(const T* in, int64_t count) {
   return load(lanes);
 }
 
-// 2^x for x <= 0 within 2 ulp; 0 below 2^-126 (so exp2(-inf) is 0), exactly 1 at 0; NaN stays.
+// 2^x for x < 127 within 2 ulp; 0 below 2^-126 (so exp2(-inf) is 0), exactly 1 at 0; NaN stays.
 KVARTO_INLINE Vec exp2(Vec x) {
   const Vec lowest = set1(-126.0f), round = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec clamped = max(lowest, x);
