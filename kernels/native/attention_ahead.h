@@ -19,8 +19,7 @@ class Ahead {
   Ahead(const KvartoAttention& call, AttentionQueue& queue, int64_t element_bytes, bool scaled)
       : call_(call), queue_(queue), element_bytes_(element_bytes), rows_(call, {}, element_bytes, scaled) {
     take_tile();
-    // Small blocks are walked less in the order of the arithmetic, which has all keys of a tile before its values.
-    owed_ = rows_.block_size < TILE ? 16384 : 8192;
+    owed_ = 16384;
   }
 
   // What the arithmetic turns to next; null: there is no more.
