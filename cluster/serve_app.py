@@ -20,6 +20,7 @@ from .frontend.async_llm import AsyncLLM
 from .grpc.server import GrpcServer
 from .head import start_head
 from .http.app import create_app
+from .http.server import HttpServer
 from .launcher.model import load_model_config
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,19 @@ class HttpFrontend(_Replica):
         return create_app(self.frontend, self._config)
 
 
+class HttpPortFrontend(_Replica):
+    """The OpenAI-compatible API, on a port of its own: without Serve's proxy, which costs more than the API itself."""
+
+    def __init__(self, config: ServeConfig, *_: Any) -> None:
+        super().__init__(config)
+        self._server = HttpServer(self.frontend, config)
+        self._starting = asyncio.create_task(self._server.start())
+
+    async def port(self) -> int:
+        """The port in use, once the server listens. Raises `ResourcesError` when it cannot."""
+        return await asyncio.shield(self._starting)
+
+
 class GrpcFrontend(_Replica):
     """The gRPC API, on a port of its own."""
 
@@ -95,9 +109,10 @@ class GrpcFrontend(_Replica):
         return await asyncio.shield(self._serving)
 
 
-def build_app(args: ServeConfig | dict[str, Any]) -> serve.Application:
+def build_app(args: ServeConfig | dict[str, Any], *, behind_proxy: bool = True) -> serve.Application:
     """The application of a Ray Serve config file (`import_path: kvarto:build_app`); `args` are the fields of
-    `ServeConfig`. Raises `ConfigError`."""
+    `ServeConfig`. HTTP comes through Serve's proxies, or without them to the one replica that then listens itself.
+    Raises `ConfigError`."""
     config = args if isinstance(args, ServeConfig) else ServeConfig.parse(dict(args))
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": MAX_ONGOING_REQUESTS,
@@ -106,6 +121,7 @@ def build_app(args: ServeConfig | dict[str, Any]) -> serve.Application:
     if config.grpc_port is not None:
         grpc: Any = serve.deployment(GrpcFrontend, name="grpc", **options)
         others.append(grpc.bind(config))
-    http: Any = serve.deployment(HttpFrontend, name="http", num_replicas=config.num_frontends, **options)
+    frontend = HttpFrontend if behind_proxy else HttpPortFrontend
+    http: Any = serve.deployment(frontend, name="http", num_replicas=config.num_frontends, **options)
     app: serve.Application = http.bind(config, *others)
     return app

@@ -50,10 +50,13 @@ def run_serve(config: ServeConfig, address: str | None) -> int:
         if owns_ray:
             ray.shutdown()
         raise
+    # One frontend on one machine needs no proxy before it, which would take a quarter of what two cores can serve.
+    direct = owns_ray and config.num_frontends == 1
     try:
         head = start_head(APPLICATION, config, model)
         try:
             serve.start(
+                proxy_location="Disabled" if direct else "EveryNode",
                 http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
         except ray.exceptions.RayTaskError as error:
             raise ResourcesError(
@@ -62,8 +65,9 @@ def run_serve(config: ServeConfig, address: str | None) -> int:
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        serve.run(build_app(config), name=APPLICATION, route_prefix="/")
-        asyncio.run(_wait_until_ready(config, head, stop))
+        app = build_app(config, behind_proxy=not direct)
+        serve.run(app, name=APPLICATION, route_prefix="/")
+        asyncio.run(_wait_until_ready(config, head, stop, direct))
         if not stop.is_set():
             _announce(config, ray.get(head.infos.remote()), time.monotonic() - started)
         stop.wait()
@@ -96,13 +100,14 @@ def refuse_second_server() -> None:
     raise ResourcesError("this Ray cluster already runs `kvarto serve`: end that first, or use another cluster")
 
 
-async def _wait_until_ready(config: ServeConfig, head: Any, stop: threading.Event) -> None:
+async def _wait_until_ready(config: ServeConfig, head: Any, stop: threading.Event, direct: bool) -> None:
     """Return when requests can be served, or `stop` is set. Raises the `KvartoError` that keeps them from it."""
 
     async def wait() -> None:
         await wait_until_ready(head)
-        if config.grpc_port is not None:
-            await serve.get_deployment_handle("grpc", APPLICATION).port.remote()
+        for name, listens in (("http", direct), ("grpc", config.grpc_port is not None)):
+            if listens:
+                await serve.get_deployment_handle(name, APPLICATION).port.remote()
 
     waiting = asyncio.create_task(wait())
     while not waiting.done() and not stop.is_set():

@@ -109,11 +109,13 @@ def running(log: Path, *flags: str) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two ranks, a pool that holds about 6,000 tokens, the block space checked after every step."""
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two ranks, a pool that holds about 6,000 tokens, the block space checked after every step; more flags as the
+    parameter."""
     log = tmp_path_factory.mktemp("server") / "log"
+    more = getattr(request, "param", ())
     with running(log, "--dtype", "float32", "--tensor-parallel-size", "2", "--max-model-len", "1024", "--num-blocks",
-                 "400", "--check-integrity", "--served-model-name", "smollm2") as server:
+                 "400", "--check-integrity", "--served-model-name", "smollm2", *more) as server:
         yield server
 
 

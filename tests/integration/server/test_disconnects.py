@@ -9,9 +9,13 @@ import time
 from typing import Any
 
 import httpx
+import pytest
 
 STREAMS = 64
 TOKENS = 48
+
+pytestmark = pytest.mark.parametrize(
+    "server", [(), ("--num-frontends", "2")], indirect=True, ids=["own-port", "behind-serves-proxy"])
 
 
 async def read_stream(client: httpx.AsyncClient, index: int, cut_after: int | None) -> int | None:
