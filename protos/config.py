@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import ConfigError
 from .span_export import EXPORTER
-from .sparsity import MIN_BUDGET, OBSERVATION_WINDOW, KVSparsity
+from .sparsity import COMPACTION_INTERVAL, MIN_BUDGET, OBSERVATION_WINDOW, KVSparsity
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -50,8 +50,9 @@ class EngineConfig(BaseModel):
         "queries; h2o: by the attention of every query so far; tova: by that of the last query.")
     kv_sparsity_budget: Annotated[int, Field(ge=MIN_BUDGET)] | None = Field(
         None, description="Rows that every layer and head keeps, with a kv_sparsity other than none.")
-    kv_sparsity_interval: Positive = Field(
-        64, description="Rows that h2o and tova let a sequence gain beyond the budget before it is compacted again.")
+    kv_sparsity_interval: Positive | None = Field(
+        None, description="Rows that h2o and tova let a sequence gain beyond the budget before it is compacted again; "
+        f"default: {COMPACTION_INTERVAL}.")
     block_size: Positive = Field(16, description="Tokens of a KV-cache block; a power of two from 8 to 128.")
     num_blocks: Positive | None = Field(
         None, description="KV-cache blocks of a worker group; default: what the memory that may be used allows.")
@@ -159,9 +160,14 @@ class EngineConfig(BaseModel):
         if policy == "none":
             if self.kv_sparsity_budget is not None:
                 raise ValueError("kv_sparsity_budget goes with a kv_sparsity: choose h2o, snapkv or tova")
+            if self.kv_sparsity_interval is not None:
+                raise ValueError("kv_sparsity_interval goes with a kv_sparsity: choose h2o or tova")
             return
         if self.kv_sparsity_budget is None:
             raise ValueError(f"kv_sparsity={policy!r} needs kv_sparsity_budget: how many rows are kept")
+        if policy == "snapkv" and self.kv_sparsity_interval is not None:
+            raise ValueError("kv_sparsity='snapkv' compacts once, at the end of a prompt: leave kv_sparsity_interval "
+                             "unset, or choose h2o or tova")
         if self.attention_pattern != "model":
             raise ValueError(f"kv_sparsity={policy!r} and attention_pattern={self.attention_pattern!r} do not go "
                              "together: both say which tokens are seen; use one of them")
@@ -183,7 +189,8 @@ class EngineConfig(BaseModel):
         if self.kv_sparsity == "none" or self.kv_sparsity_budget is None:
             return None
         return KVSparsity(
-            policy=self.kv_sparsity, budget=self.kv_sparsity_budget, interval=self.kv_sparsity_interval,
+            policy=self.kv_sparsity, budget=self.kv_sparsity_budget,
+            interval=self.kv_sparsity_interval or COMPACTION_INTERVAL,
             window=OBSERVATION_WINDOW if self.kv_sparsity == "snapkv" else 1)
 
     @classmethod

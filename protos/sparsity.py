@@ -7,6 +7,7 @@ from typing import Literal
 from msgspec import Struct
 
 MIN_BUDGET = 32
+COMPACTION_INTERVAL = 64
 OBSERVATION_WINDOW = 32
 """Last queries of a prompt by which SnapKV scores it."""
 

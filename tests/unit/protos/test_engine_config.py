@@ -151,8 +151,18 @@ def test_nothing_is_dropped_unless_that_is_asked_for():
 
 @pytest.mark.parametrize(("policy", "window"), [("h2o", 1), ("snapkv", 32), ("tova", 1)])
 def test_a_sparsity_says_what_is_kept_and_which_queries_score_it(policy, window):
-    config = EngineConfig.parse({"model": "m"} | SPARSE | {"kv_sparsity": policy, "kv_sparsity_interval": 7})
-    assert config.sparsity == KVSparsity(policy=policy, budget=64, interval=7, window=window)
+    config = EngineConfig.parse({"model": "m"} | SPARSE | {"kv_sparsity": policy})
+    assert config.sparsity == KVSparsity(policy=policy, budget=64, interval=64, window=window)
+
+
+def test_an_interval_may_be_given():
+    sparsity = EngineConfig.parse({"model": "m"} | SPARSE | {"kv_sparsity_interval": 7}).sparsity
+    assert sparsity is not None and sparsity.interval == 7
+
+
+def test_an_interval_that_would_not_count_is_refused():
+    assert "kv_sparsity_interval goes with a kv_sparsity" in message(kv_sparsity_interval=7)
+    assert "compacts once" in message(kv_sparsity="snapkv", kv_sparsity_budget=64, kv_sparsity_interval=7)
 
 
 def test_a_sparsity_without_a_budget_is_refused_with_what_it_needs():
