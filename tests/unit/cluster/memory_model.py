@@ -111,24 +111,25 @@ class MemoryModelRank:
         assert scored or not plan.suspends, "a sequence is suspended of which the ranks keep nothing"
         for seq_id in plan.suspends:
             self._kept_before[seq_id] = self.texts.pop(seq_id).kept
-        # A copy of a suspended sequence has no text here, and may end with the plan that makes it.
-        without_text = {*self.held.suspended, *plan.suspends}
-        without_text |= {fork.seq_id for fork in plan.forks if fork.parent_seq_id in self.held.suspended}
+        # Those have no text here. `held` has not seen this plan yet, which may end or start what it copies.
+        suspended = {*self.held.suspended, *plan.suspends}
+        for fork in plan.forks:
+            if fork.parent_seq_id in suspended:
+                suspended.add(fork.seq_id)
         for seq_id in plan.ends:
-            if seq_id not in without_text:
+            if seq_id not in suspended:
                 self._kept_before[seq_id] = self.texts.pop(seq_id).kept
         for start in plan.starts:
-            self._start(start)
+            self._start(start, suspended)
 
-    def _start(self, start: SequenceStart) -> None:
+    def _start(self, start: SequenceStart, suspended: set[int]) -> None:
         text = SequenceText(start.params, start.seq_index, start.num_prompt_tokens, start.token_ids)
         assert 0 < start.num_prompt_tokens <= len(text.tokens)
         self.texts[start.seq_id] = text
         self.seen["hits"] += start.num_computed_tokens > 0
         self.seen["sparse_swaps"] += start.num_dropped_tokens > 0
         if self._sparsity is not None and self._sparsity.keeps_scores:
-            # `held` has not seen this plan yet.
-            assert not start.num_computed_tokens or start.seq_id in self.held.suspended, "rows without their scores"
+            assert not start.num_computed_tokens or start.seq_id in suspended, "rows without their scores"
 
     def _fork(self, fork: SequenceFork) -> None:
         if fork.parent_seq_id in self.held.suspended:

@@ -212,6 +212,22 @@ def test_what_the_ranks_keep_of_a_swapped_sequence_goes_when_it_is_cancelled():
     assert not world.rank.held.suspended
 
 
+@pytest.mark.parametrize("steps", [7, 8, 13])
+def test_beams_that_fork_while_their_rows_are_swapped_out_come_back_with_their_scores(steps):
+    dense, world = World(), sparse("h2o", budget=12, num_blocks=12, num_host_blocks=40)
+    for each in (dense, world):
+        each.add("a", length=30, max_tokens=20, n=2, beam_width=3)
+    dense.finish()
+    for _ in range(steps):
+        world.step()
+    # In flight while the next plan takes the blocks: the beams fork when they are out.
+    world.schedule()
+    world.add("b", length=40, priority=-1, max_tokens=20)
+    world.finish()
+    assert world.preemptions[0] > 0
+    assert [world.tokens("a", index) for index in (0, 1)] == [dense.tokens("a", index) for index in (0, 1)]
+
+
 def test_another_victim_is_taken_where_the_host_has_no_room():
     """The last in line has dropped rows and fits the host no more; the one before it has dropped none."""
     world = sparse(num_blocks=10, num_host_blocks=1, interval=24)
