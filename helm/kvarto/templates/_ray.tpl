@@ -1,37 +1,40 @@
 {{/*
-Probes of Ray pods. KubeRay submits the Serve config only to a head that is Ready, so readiness asks Ray alone, never the
-model. Liveness also fails when the application itself says that it makes no progress (503); that it is not deployed yet
-(404, or nobody listens) is no failure.
+Probes of Ray pods. KubeRay submits the Serve config only to a head that is Ready, so startup and readiness ask Ray alone
+(on the head: raylet and GCS), never the model. Liveness also fails when the application itself says that it makes no
+progress (503); that it is not deployed yet (404, or nobody listens) is no failure.
 */}}
-{{- define "kvarto.rayletHealthy" -}}
-wget --tries 1 -T 4 -q -O- http://localhost:52365/api/local_raylet_healthz | grep -q success
+{{- define "kvarto.rayHealth" -}}
+httpGet:
+  path: /api/healthz
+  port: 52365
+timeoutSeconds: 10
 {{- end }}
 
-{{- define "kvarto.gcsHealthy" -}}
-wget --tries 1 -T 4 -q -O- http://localhost:8265/api/gcs_healthz | grep -q success
+{{- define "kvarto.rayStartupProbe" -}}
+startupProbe:
+  {{- include "kvarto.rayHealth" . | nindent 2 }}
+  periodSeconds: 5
+  failureThreshold: {{ div (add .Values.probes.rayStartSeconds 4) 5 }}
 {{- end }}
 
 {{- define "kvarto.headProbes" -}}
-{{- $ray := printf "%s && %s" (include "kvarto.rayletHealthy" .) (include "kvarto.gcsHealthy" .) -}}
-{{- $stuck := printf "wget --tries 1 -T 4 -S -O /dev/null http://localhost:%s/health/live 2>&1 | grep -q 'HTTP/1.1 503'" (include "kvarto.httpPort" .) -}}
-startupProbe:
-  exec:
-    command: [bash, -c, {{ $ray | quote }}]
-  periodSeconds: 5
-  timeoutSeconds: 10
-  failureThreshold: {{ .Values.probes.rayStartSeconds | int | add 4 | div 5 }}
+{{ include "kvarto.rayStartupProbe" . }}
 readinessProbe:
-  exec:
-    command: [bash, -c, {{ $ray | quote }}]
+  {{- include "kvarto.rayHealth" . | nindent 2 }}
   periodSeconds: 5
-  timeoutSeconds: 10
   failureThreshold: 3
 livenessProbe:
   exec:
-    command: [bash, -c, {{ printf "%s && ! %s" $ray $stuck | quote }}]
-  periodSeconds: 10
+    command:
+      - bash
+      - -c
+      - >-
+        wget --tries 1 -T 5 -q -O /dev/null http://localhost:52365/api/healthz &&
+        ! wget --tries 1 -T 5 -S -O /dev/null http://localhost:{{ include "kvarto.httpPort" . }}/health/live 2>&1 |
+        grep -q 'HTTP/1.1 503'
   timeoutSeconds: 15
-  failureThreshold: {{ .Values.probes.stuckSeconds | int | add 9 | div 10 }}
+  periodSeconds: 10
+  failureThreshold: {{ div (add .Values.probes.stuckSeconds 9) 10 }}
 {{- end }}
 
 {{/*
@@ -39,26 +42,32 @@ KubeRay's Service takes every worker that is Ready for one that answers HTTP. So
 is Ready when a Serve proxy runs on it, and with `serve.httpOnHead` none does: workers then stay 0/1 while they compute.
 */}}
 {{- define "kvarto.workerProbes" -}}
-{{- $raylet := include "kvarto.rayletHealthy" . -}}
-{{- $proxy := printf "wget --tries 1 -T 4 -q -O- http://localhost:%s/-/healthz | grep -q success" (include "kvarto.httpPort" .) -}}
-startupProbe:
-  exec:
-    command: [bash, -c, {{ $raylet | quote }}]
-  periodSeconds: 5
-  timeoutSeconds: 5
-  failureThreshold: {{ .Values.probes.rayStartSeconds | int | add 4 | div 5 }}
+{{ include "kvarto.rayStartupProbe" . }}
 readinessProbe:
   exec:
-    command: [bash, -c, {{ printf "%s && %s" $raylet $proxy | quote }}]
+    command:
+      - bash
+      - -c
+      - >-
+        wget --tries 1 -T 5 -q -O /dev/null http://localhost:52365/api/healthz &&
+        wget --tries 1 -T 5 -q -O /dev/null http://localhost:{{ include "kvarto.httpPort" . }}/-/healthz
+  timeoutSeconds: 15
   periodSeconds: 5
-  timeoutSeconds: 10
   failureThreshold: 1
 livenessProbe:
-  exec:
-    command: [bash, -c, {{ $raylet | quote }}]
+  {{- include "kvarto.rayHealth" . | nindent 2 }}
   periodSeconds: 10
-  timeoutSeconds: 5
   failureThreshold: 12
+{{- end }}
+
+{{/* CPUs of a pod for Ray, whole: the limit, or the request. Call with a `resources`. */}}
+{{- define "kvarto.cpus" -}}
+{{- $cpu := (.limits.cpu | default .requests.cpu) | toString -}}
+{{- if hasSuffix "m" $cpu -}}
+{{- div (add (trimSuffix "m" $cpu | int) 999) 1000 -}}
+{{- else -}}
+{{- $cpu | float64 | ceil -}}
+{{- end -}}
 {{- end }}
 
 {{/*
@@ -66,16 +75,14 @@ rayStartParams of the head: strings, as KubeRay passes them on the command line.
 to give, so that ranks land on workers.
 */}}
 {{- define "kvarto.headStartParams" -}}
-{{- $params := dict "object-store-memory" (.Values.ray.objectStoreMemory | int64 | toString) "dashboard-host" "0.0.0.0" -}}
-{{- if .Values.workerGroups -}}
-{{- $_ := set $params "num-cpus" "0" -}}
-{{- end -}}
+{{- $cpus := ternary "0" (include "kvarto.cpus" .Values.head.resources) (not (empty .Values.workerGroups)) -}}
+{{- $params := dict "dashboard-host" "0.0.0.0" "num-cpus" $cpus "object-store-memory" (.Values.ray.objectStoreMemory | int64 | toString) -}}
 {{- toYaml (merge (deepCopy .Values.head.rayStartParams) $params) -}}
 {{- end }}
 
 {{/* Call with (dict "root" $ "group" values). */}}
 {{- define "kvarto.workerStartParams" -}}
-{{- $params := dict "object-store-memory" (.root.Values.ray.objectStoreMemory | int64 | toString) -}}
+{{- $params := dict "num-cpus" (include "kvarto.cpus" .group.resources) "object-store-memory" (.root.Values.ray.objectStoreMemory | int64 | toString) -}}
 {{- toYaml (merge (deepCopy (.group.rayStartParams | default dict)) $params) -}}
 {{- end }}
 
