@@ -21,6 +21,7 @@ from .grpc.server import GrpcServer
 from .head import start_head
 from .http.app import create_app
 from .launcher.model import load_model_config
+from .launcher.on_ray import ON_RAY_HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,9 @@ def build_app(args: ServeConfig | dict[str, Any]) -> serve.Application:
         "graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": config.drain_timeout_s + 5}
     others = []
     if config.grpc_port is not None:
-        grpc: Any = serve.deployment(GrpcFrontend, name="grpc", **options)
+        # Its port is its own: clients must know the node.
+        on_head = {**options["ray_actor_options"], "resources": ON_RAY_HEAD}
+        grpc: Any = serve.deployment(GrpcFrontend, name="grpc", **{**options, "ray_actor_options": on_head})
         others.append(grpc.bind(config))
     http: Any = serve.deployment(HttpFrontend, name="http", num_replicas=config.num_frontends, **options)
     app: serve.Application = http.bind(config, *others)
