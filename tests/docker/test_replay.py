@@ -42,7 +42,8 @@ class Replay:
         self.environment = {
             "PATH": f"{binaries}:/usr/local/bin:/usr/bin:/bin", "HOME": str(root / "root"), "LANG": "C.UTF-8",
             # How this machine reaches its package index.
-            **{key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "HTTP", "http", "no_"))}}
+            **{key: value for key, value in os.environ.items()
+               if key.startswith(("PIP_", "SSL_", "HTTP", "http", "NO_", "no_"))}}
 
     def placed(self, text: str) -> str:
         """`text` with the image's folders where they are here."""
