@@ -64,11 +64,13 @@ app.kubernetes.io/part-of: kvarto
 app.kubernetes.io/component: {{ ternary "head" "server" (eq .Values.mode "rayservice") }}
 {{- end }}
 
+{{/* By digest, or by version: the image that has the device's libraries. */}}
 {{- define "kvarto.image" -}}
 {{- if .Values.image.digest -}}
 {{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
 {{- else -}}
-{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) -}}
+{{- $built := ternary "cuda" "cpu" (eq (.Values.config.device | default "auto") "cuda") -}}
+{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default (printf "%s-%s" .Chart.AppVersion $built)) -}}
 {{- end -}}
 {{- end }}
 

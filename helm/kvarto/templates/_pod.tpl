@@ -67,7 +67,7 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- define "kvarto.fetchContainer" -}}
 - name: fetch-model
   {{- include "kvarto.imageFields" . | nindent 2 }}
-  command: [kvarto, fetch, {{ .Values.config.model | quote }}]
+  args: [fetch, {{ .Values.config.model | quote }}]
   env:
     {{- include "kvarto.cacheEnv" . | nindent 4 }}
     {{- with .Values.extraEnv }}
