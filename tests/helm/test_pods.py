@@ -10,6 +10,7 @@ import yaml
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "helm/kvarto/examples").glob("*.yaml"))
 SECRETS = ["--set", "apiKey.existingSecret=api", "--set", "hfToken.existingSecret=hub"]
+RAY_DRAIN_S = 30
 WRITABLE = {"/tmp", "/home/kvarto", "/var/cache/kvarto", "/dev/shm"}
 
 
@@ -129,7 +130,7 @@ def test_grace_covers_the_drain(example):
         assert command[:2] == ["kvarto", "drain"]
         assert command[command.index("--timeout") + 1] == str(math.ceil(drain))
         delay = int(command[command.index("--delay") + 1]) if "--delay" in command else 0
-        assert template["spec"]["terminationGracePeriodSeconds"] >= delay + drain + 30
+        assert template["spec"]["terminationGracePeriodSeconds"] >= delay + drain + RAY_DRAIN_S + 10
         assert ("--worker" in command) == (container["name"] == "ray-worker")
 
 
