@@ -12,14 +12,15 @@ import ray
 
 from ..protos.config import EngineConfig
 from ..protos.endpoint import Endpoint
-from ..protos.errors import KvartoError, ResourcesError
-from .head import find_head, start_head
+from ..protos.errors import KvartoError, ResourcesError, UnavailableError
+from .head import find_head, find_heads, start_head
 from .launcher.model import load_model_config
 from .launcher.on_ray import end_ranks_of
 
 logger = logging.getLogger(__name__)
 
 STOP_S = 20.0
+CALL_S = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20
 """No tensor and no token goes through Ray's object store; by default it takes a third of the memory."""
 
@@ -70,6 +71,17 @@ def start_ray(address: str | None = None) -> bool:
     except Exception as error:
         raise ResourcesError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
     return address is None
+
+
+def drain_this_node() -> int:
+    """Have all applications of this machine's Ray cluster take no more requests for what runs on this node
+    (`Head.drain_node`); how many these have left. Raises `UnavailableError` where there is no cluster, or it ends."""
+    try:
+        start_ray("auto")
+        node_id = ray.get_runtime_context().get_node_id()
+        return sum(ray.get([head.drain_node.remote(node_id) for head in find_heads()], timeout=CALL_S))
+    except (ResourcesError, ray.exceptions.RayError) as error:
+        raise UnavailableError(str(error)) from error
 
 
 class PrivateApplication:

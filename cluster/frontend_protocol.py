@@ -95,5 +95,8 @@ class Frontend(Protocol):
     async def metrics(self) -> str:
         """Prometheus text."""
 
+    async def drain(self) -> int:
+        """Have the whole application take no more requests; how many it has left."""
+
     def health(self) -> Health:
         """Health now. Cheap: nothing is asked of another process."""

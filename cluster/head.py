@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -19,7 +21,7 @@ from ..protos.span_export import export_spans
 from .engine.engine import Engine
 from .engine.loop import EngineLoop
 from .engine.zmq_hub import ZmqHub
-from .launcher.on_ray import NAMESPACE, PlacedGroup, end_ranks_of, launch_group
+from .launcher.on_ray import NAMESPACE, ON_RAY_HEAD, PlacedGroup, end_ranks_of, launch_group
 from .metrics import Metrics
 from .resolve import resolve
 from .supervisor import Supervisor
@@ -65,6 +67,7 @@ class Head:
         self._supervisor = Supervisor(
             self._bring_up, self._loop, config.num_worker_groups, first_epoch=first_epoch)
         self._pids: dict[int, list[int]] = {}
+        self._nodes: dict[int, set[str]] = {}
         self._started = threading.Event()
         self._error: BaseException | None = None
         threading.Thread(target=self._start, name="start", daemon=True).start()
@@ -97,6 +100,18 @@ class Head:
     def drain(self) -> None:
         """Take no more requests; those that run may finish."""
         self._loop.post(self._loop.drain)
+
+    def drain_node(self, node_id: str) -> int:
+        """The node with this Ray id is leaving: take no more requests for the worker groups that have a rank there,
+        nor for any group if this Head is there itself. Returns how many requests these have left. To be asked again
+        until there are none: groups may come up there meanwhile."""
+        if node_id == ray.get_runtime_context().get_node_id():
+            self.drain()
+            return self.num_unfinished()
+        leaving = [index for index, nodes in list(self._nodes.items()) if node_id in nodes]
+        left: Future[int] = Future()
+        self._loop.post(lambda: left.set_result(self._loop.drain_groups(leaving)))
+        return left.result()
 
     def stop(self) -> None:
         """End the ranks and the loop. The actor itself is killed by whoever called."""
@@ -147,6 +162,7 @@ class Head:
         except BaseException:
             placed.end()
             raise
+        self._nodes[index] = placed.node_ids()
         self._pids[index] = [ready.pid for ready in placed.ready]
         logger.info("worker group %d (epoch %d) is up after %.1f s: ranks %s, kernels %s", index, epoch,
                     time.monotonic() - started, self._pids[index], placed.ready[0].kernels)
@@ -157,12 +173,24 @@ def head_name(application: str) -> str:
     return f"{application}/head"
 
 
+def find_heads() -> list[Any]:
+    """The living Heads of all applications of the Ray cluster."""
+    heads = []
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE and actor["name"].endswith(head_name("")):
+            # One that has ended meanwhile is none.
+            with contextlib.suppress(ValueError):
+                heads.append(ray.get_actor(actor["name"], namespace=NAMESPACE))
+    return heads
+
+
 def start_head(application: str, config: EngineConfig, model: ModelConfig) -> Any:
-    """The Head of `application`: the living one, or a new one. Returns the actor handle at once; `wait_ready` waits."""
+    """The Head of `application`: the living one, or a new one, on the node where Ray's own head is: the application
+    ends with that one anyway, and must not end with any other. Returns the actor handle at once; `wait_ready` waits."""
     actor_class: Any = ray.remote(Head)
     return actor_class.options(
         name=head_name(application), namespace=NAMESPACE, lifetime="detached", get_if_exists=True, max_restarts=-1,
-        max_task_retries=-1, num_cpus=0, max_concurrency=MAX_CALLS,
+        max_task_retries=-1, num_cpus=0, max_concurrency=MAX_CALLS, resources=ON_RAY_HEAD,
     ).remote(application, config, model)
 
 

@@ -22,6 +22,7 @@ from .head import start_head
 from .http.app import create_app
 from .http.server import HttpServer
 from .launcher.model import load_model_config
+from .launcher.on_ray import ON_RAY_HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,10 @@ MAX_ONGOING_REQUESTS = 100_000
 class _Replica:
     """Connects to the Head of the application that it is deployed in, starting it if nobody has."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, waits: bool) -> None:
+        """`waits`: Serve shall not count the replica as running before the model is loaded."""
         self._config = config
+        self._waits = waits
         self._application = serve.get_replica_context().app_name
         self._connecting: asyncio.Task[AsyncLLM] | None = None
 
@@ -42,6 +45,12 @@ class _Replica:
         if self._connecting is None or (self._connecting.done() and self._connecting.exception()):
             self._connecting = asyncio.create_task(self._connect())
         return await asyncio.shield(self._connecting)
+
+    async def check_health(self) -> None:
+        """Called by Serve: once before the replica counts as running, then again and again. Only the first may wait;
+        what it raises is what `serve status` says of the application."""
+        if self._waits:
+            await self.frontend()
 
     async def _connect(self) -> AsyncLLM:
         model = await asyncio.to_thread(load_model_config, self._config.model)
@@ -65,9 +74,9 @@ class _Replica:
 class HttpFrontend(_Replica):
     """The OpenAI-compatible API."""
 
-    def __init__(self, config: ServeConfig, *_: Any) -> None:
-        """What follows `config` are deployments that only have to exist."""
-        super().__init__(config)
+    def __init__(self, config: ServeConfig, waits: bool, *_: Any) -> None:
+        """What follows `waits` are deployments that only have to exist."""
+        super().__init__(config, waits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.frontend, self._config)
@@ -76,8 +85,9 @@ class HttpFrontend(_Replica):
 class HttpPortFrontend(_Replica):
     """The OpenAI-compatible API, on a port of its own: without Serve's proxy, which costs more than the API itself."""
 
-    def __init__(self, config: ServeConfig, *_: Any) -> None:
-        super().__init__(config)
+    def __init__(self, config: ServeConfig, waits: bool, *_: Any) -> None:
+        """What follows `waits` are deployments that only have to exist."""
+        super().__init__(config, waits)
         self._server = HttpServer(self.frontend, config)
         self._starting = asyncio.create_task(self._server.start())
 
@@ -89,8 +99,8 @@ class HttpPortFrontend(_Replica):
 class GrpcFrontend(_Replica):
     """The gRPC API, on a port of its own."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ServeConfig, waits: bool) -> None:
+        super().__init__(config, waits)
         self._serving = asyncio.create_task(self._serve())
 
     async def _serve(self) -> int:
@@ -104,6 +114,11 @@ class GrpcFrontend(_Replica):
             self._server = GrpcServer(frontend, self._config)
             return await self._server.start()
 
+    async def check_health(self) -> None:
+        """As `_Replica.check_health`, and with the port."""
+        if self._waits:
+            await self.port()
+
     async def port(self) -> int:
         """The port in use, once the server listens. Raises `ResourcesError` when it cannot."""
         return await asyncio.shield(self._serving)
@@ -111,17 +126,21 @@ class GrpcFrontend(_Replica):
 
 def build_app(args: ServeConfig | dict[str, Any], *, behind_proxy: bool = True) -> serve.Application:
     """The application of a Ray Serve config file (`import_path: kvarto:build_app`); `args` are the fields of
-    `ServeConfig`. HTTP comes through Serve's proxies, or without them to the one replica that then listens itself.
-    Raises `ConfigError`."""
+    `ServeConfig`. Deployed from such a file it is DEPLOYING until the model is loaded: who moves traffic to it when it
+    is RUNNING, as KubeRay does, then does so in time. HTTP comes through Serve's proxies, or without them to the one
+    replica that then listens itself. Raises `ConfigError`."""
     config = args if isinstance(args, ServeConfig) else ServeConfig.parse(dict(args))
+    waits = not isinstance(args, ServeConfig)
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": config.drain_timeout_s + 5}
     others = []
     if config.grpc_port is not None:
-        grpc: Any = serve.deployment(GrpcFrontend, name="grpc", **options)
-        others.append(grpc.bind(config))
+        # Its port is its own: clients must know the node.
+        on_head = {**options["ray_actor_options"], "resources": ON_RAY_HEAD}
+        grpc: Any = serve.deployment(GrpcFrontend, name="grpc", **{**options, "ray_actor_options": on_head})
+        others.append(grpc.bind(config, waits))
     frontend = HttpFrontend if behind_proxy else HttpPortFrontend
     http: Any = serve.deployment(frontend, name="http", num_replicas=config.num_frontends, **options)
-    app: serve.Application = http.bind(config, *others)
+    app: serve.Application = http.bind(config, waits, *others)
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +16,8 @@ Positive = Annotated[int, Field(gt=0)]
 
 MAX_NUM_BATCHED_TOKENS = {"cuda": 2048, "cpu": 256}
 """A processor's matrix products are as fast per token with 256 rows as with thousands, and who decodes waits less."""
+
+API_KEY_VARIABLE = "KVARTO_API_KEY"
 
 
 class EngineConfig(BaseModel):
@@ -210,10 +213,28 @@ class ServeConfig(EngineConfig):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="HTTP port; 0: any free one.")
     grpc_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
         9000, description="gRPC port; 0: any free one; null: no gRPC server.")
-    api_key: str | None = Field(None, description="Key that every request must bear; default: none is asked for.")
+    api_key: str | None = Field(
+        None, repr=False, description="Key that every request must bear; default: the environment's "
+        f"{API_KEY_VARIABLE}, which keeps it out of files and process lists; without that, none is asked for.")
     num_frontends: Positive = Field(1, description="Ray Serve replicas that tokenize and stream.")
     drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
         30.0, description="How long running requests may take to finish after SIGTERM.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _api_key_of_the_environment(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "api_key" not in values and API_KEY_VARIABLE in os.environ:
+            return {**values, "api_key": os.environ[API_KEY_VARIABLE]}
+        return values
+
+    @field_validator("api_key")
+    @classmethod
+    def _api_key_can_be_sent(cls, value: str | None) -> str | None:
+        # A header's value arrives stripped: such a key would lock everybody out.
+        if value is not None and (not value or value != value.strip()):
+            raise ValueError("must not be empty, nor begin or end with white space (a secret's last line break?): to "
+                             f"ask for no key, leave it out and {API_KEY_VARIABLE} unset")
+        return value
 
     @property
     def public_name(self) -> str:

@@ -51,6 +51,13 @@ class AuthenticationError(KvartoError):
     http_status = 401
 
 
+class PermissionDeniedError(KvartoError):
+    """Whoever asked may not do this, whatever key they have."""
+
+    code = "PERMISSION_DENIED"
+    http_status = 403
+
+
 class UnavailableError(KvartoError):
     """The worker group or the Head went away, or the server is draining. The same request may succeed later."""
 
@@ -75,7 +82,7 @@ class ResourcesError(ConfigError):
 
 _BY_NAME = {cls.__name__: cls for cls in (
     KvartoError, InvalidRequestError, UnprocessableError, PromptTooLongError, ModelNotFoundError, AuthenticationError,
-    UnavailableError, ConfigError, ModelLoadError, ResourcesError)}
+    PermissionDeniedError, UnavailableError, ConfigError, ModelLoadError, ResourcesError)}
 
 
 def error_from_name(name: str, message: str, param: str | None = None) -> KvartoError:

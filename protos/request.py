@@ -36,7 +36,8 @@ class CancelRequest(Struct, kw_only=True, omit_defaults=True, tag="cancel"):
 
 
 class Query(Struct, kw_only=True, tag="query"):
-    """Ask for `info`, `status`, `blocks` (the block map) or `metrics`; answered by a `Reply` with the same id."""
+    """Ask for `info`, `status`, `blocks` (the block map) or `metrics`, or `drain`: take no more requests, and say how
+    many are left. Answered by a `Reply` with the same id."""
 
     query_id: int
     what: str

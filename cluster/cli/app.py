@@ -12,6 +12,8 @@ from ...protos.config import ServeConfig
 from ...protos.errors import KvartoError
 from .bench import bench
 from .chat import chat
+from .drain import drain
+from .fetch import fetch
 from .generate import generate
 from .options import GivenConfig, takes_config
 from .status import status
@@ -84,4 +86,6 @@ def demo() -> None:
 app.command()(generate)
 app.command()(chat)
 app.command()(status)
+app.command()(fetch)
+app.command()(drain)
 app.add_typer(bench, name="bench")

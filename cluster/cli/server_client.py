@@ -15,12 +15,13 @@ from ...protos.errors import (
     InvalidRequestError,
     KvartoError,
     ModelNotFoundError,
+    PermissionDeniedError,
     UnavailableError,
 )
 
 TIMEOUT_S = 10.0
 _ERRORS: dict[int, type[KvartoError]] = {
-    401: AuthenticationError, 404: ModelNotFoundError, 503: UnavailableError}
+    401: AuthenticationError, 403: PermissionDeniedError, 404: ModelNotFoundError, 503: UnavailableError}
 
 
 class ServerClient:
@@ -39,6 +40,9 @@ class ServerClient:
         `accept`."""
         with self._translated():
             response = self._http.get(path, timeout=TIMEOUT_S)
+        return self._object(path, response, accept)
+
+    def _object(self, path: str, response: httpx.Response, accept: tuple[int, ...] = ()) -> dict[str, Any]:
         if response.is_error and response.status_code not in accept:
             raise _error_of(response)
         try:
@@ -48,6 +52,11 @@ class ServerClient:
         if not isinstance(body, dict):
             raise KvartoError(f"{self._url}{path} does not answer as a kvarto server does: is it another's address?")
         return body
+
+    def post(self, path: str) -> dict[str, Any]:
+        """What an empty POST to `path` is answered with. Raises the error that the server answers with."""
+        with self._translated():
+            return self._object(path, self._http.post(path, timeout=TIMEOUT_S))
 
     def stream_chat(self, body: dict[str, Any]) -> Generator[str, None, None]:
         """The pieces of one chat answer. Closing the generator cancels it on the server."""

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
@@ -54,6 +54,7 @@ class EngineLoop:
         self.last_heard_s = clock()
         """When a frontend last spoke, or the loop began; may be read from any thread."""
         self._draining = False
+        self._leaving: set[int] = set()
         self._stopped = False
         self._num_groups = 0
 
@@ -87,6 +88,7 @@ class EngineLoop:
             engine = self._joining.pop(index)[0]
         elif index in self._engines and self._engines[index].info.epoch == epoch:
             engine = self._engines.pop(index)
+            self._leaving.discard(index)
         else:
             return
         logger.error("worker group %d is gone: %s", index, reason)
@@ -101,6 +103,13 @@ class EngineLoop:
     def drain(self) -> None:
         """Take no more requests; those that run may finish."""
         self._draining = True
+
+    def drain_groups(self, indices: Collection[int]) -> int:
+        """Give these worker groups no more requests; how many they have left. A group that is started again takes
+        requests again. Call it on the loop's thread (`post`)."""
+        leaving = self._engines.keys() & indices
+        self._leaving |= leaving
+        return sum(self._engines[index].load for index in leaving)
 
     def stop(self) -> None:
         """End `run` and tell the ranks to end."""
@@ -165,6 +174,10 @@ class EngineLoop:
         elif isinstance(message, CancelRequest):
             self._cancel(owner, message.request_id, message.seq_index)
         elif isinstance(message, Query):
+            if message.what == "drain":
+                self.drain()
+                # Whoever has asked for it must not be told by the next health check that all is well.
+                self._transport.send(owner, self._pong())
             self._transport.send(owner, Reply(query_id=message.query_id, body=self._answer(message.what)))
         elif isinstance(message, Ping):
             self._transport.send(owner, self._pong())
@@ -172,9 +185,11 @@ class EngineLoop:
     def _add(self, owner: bytes, request: AddRequest) -> None:
         if self._draining:
             raise UnavailableError("the server is shutting down and takes no more requests")
-        index = pick_group({index: engine.load for index, engine in self._engines.items()})
+        index = pick_group({
+            index: engine.load for index, engine in self._engines.items() if index not in self._leaving})
         if index is None:
-            raise UnavailableError("no worker group is ready: one is being started, try again in a few seconds")
+            raise UnavailableError(
+                "no worker group is ready: one is being started or drained, try again in a few seconds")
         self._engines[index].add(owner, request, self._clock())
 
     def _cancel(self, owner: bytes, request_id: str, seq_index: int | None = None) -> None:
@@ -191,6 +206,8 @@ class EngineLoop:
             return "the server is shutting down"
         if not self._engines:
             return "no worker group is ready"
+        if self._engines.keys() <= self._leaving:
+            return "every worker group that is ready is on a node that is being drained"
         stuck = [index for index, engine in self._engines.items() if engine.is_stuck(self._clock())]
         return f"worker group {stuck[0]} has work and ends no step" if stuck else ""
 
@@ -227,6 +244,8 @@ class EngineLoop:
             return {"info": [msgspec.to_builtins(info) for info in self.infos]}
         if what == "blocks":
             return {"groups": {str(index): engine.block_map() for index, engine in self._engines.items()}}
+        if what == "drain":
+            return {"num_unfinished": self.num_unfinished}
         groups = {index: engine.status(self._clock()) for index, engine in self._engines.items()}
         if what == "metrics":
             return {"text": self._metrics.render(groups)}

@@ -191,6 +191,11 @@ class AsyncLLM:
         """Prometheus' text format. Raises `UnavailableError`."""
         return str((await self._client.query("metrics"))["text"])
 
+    async def drain(self) -> int:
+        """Have the whole application take no more requests, for good; how many it has left. Raises
+        `UnavailableError`."""
+        return int((await self._client.query("drain"))["num_unfinished"])
+
     def health(self) -> Health:
         """As of the Head's last answer to a ping."""
         pong = self._client.last_pong

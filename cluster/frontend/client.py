@@ -58,7 +58,7 @@ class EngineClient:
         self.on_lost(reason)
 
     async def query(self, what: str, timeout_s: float = 10.0) -> dict[str, Any]:
-        """Ask the Head for `info`, `status` or `metrics`. Raises `UnavailableError`."""
+        """Ask the Head for what `Query` names. Raises `UnavailableError`."""
         query_id = next(self._ids)
         future = self._queries[query_id] = asyncio.get_running_loop().create_future()
         self.connection.send(Query(query_id=query_id, what=what))

@@ -16,6 +16,7 @@ from ..frontend_protocol import Frontend, Health
 from .auth import check_bearer
 from .chat import chat
 from .completions import complete
+from .drain import check_may_drain
 from .errors import OpenAIRoute, json_response, on_http_exception
 from .models import check_model, model_entry
 from .replies import ModelList
@@ -31,7 +32,7 @@ def create_app(get_frontend: Callable[[], Awaitable[Frontend]], config: ServeCon
     app = FastAPI(title="kvarto", openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.include_router(_v1(source, config))
-    app.include_router(_operations(source))
+    app.include_router(_operations(source, config))
     return app
 
 
@@ -73,7 +74,7 @@ def _v1(source: FrontendSource, config: ServeConfig) -> APIRouter:
     return router
 
 
-def _operations(source: FrontendSource) -> APIRouter:
+def _operations(source: FrontendSource, config: ServeConfig) -> APIRouter:
     router = APIRouter(route_class=OpenAIRoute)
 
     @router.get("/health/live")
@@ -86,6 +87,11 @@ def _operations(source: FrontendSource) -> APIRouter:
     async def ready() -> Response:
         health = await source.health()
         return _health_response(health.ready, health)
+
+    @router.post("/drain")
+    async def drain(request: Request) -> Response:
+        check_may_drain(request, config.api_key)
+        return JSONResponse({"num_unfinished": await (await source.get_soon()).drain()})
 
     @router.get("/version")
     async def version_() -> Response:

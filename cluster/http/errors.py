@@ -16,6 +16,7 @@ from ...protos.errors import (
     AuthenticationError,
     KvartoError,
     ModelNotFoundError,
+    PermissionDeniedError,
     PromptTooLongError,
     UnavailableError,
 )
@@ -29,6 +30,7 @@ CLIENT_GONE = 499
 _CODES: dict[type[KvartoError], str] = {
     AuthenticationError: "invalid_api_key",
     ModelNotFoundError: "model_not_found",
+    PermissionDeniedError: "permission_denied",
     PromptTooLongError: "context_length_exceeded",
     UnavailableError: "unavailable",
 }

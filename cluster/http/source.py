@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from ...protos.errors import KvartoError
+from ...protos.errors import KvartoError, UnavailableError
 from ..frontend_protocol import Frontend, Health
 from .errors import logger
 
@@ -24,12 +24,17 @@ class FrontendSource:
         # Shielded: one impatient client must not end the start that others wait for.
         return await asyncio.shield(self._starting)
 
-    async def health(self, patience_s: float = 0.5) -> Health:
+    async def get_soon(self, patience_s: float = 0.5) -> Frontend:
+        """The frontend, for what cannot wait for its start. Raises `UnavailableError` while it is starting."""
+        try:
+            return await asyncio.wait_for(self.get(), patience_s)
+        except TimeoutError:
+            raise UnavailableError("the frontend is starting") from None
+
+    async def health(self) -> Health:
         """Health now. A frontend that is starting, or could not start, is alive and not ready."""
         try:
-            frontend = await asyncio.wait_for(self.get(), patience_s)
-        except TimeoutError:
-            return Health(live=True, ready=False, reason="the frontend is starting")
+            frontend = await self.get_soon()
         except KvartoError as error:
             return Health(live=True, ready=False, reason=error.message)
         except Exception:

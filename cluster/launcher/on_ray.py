@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...protos.endpoint import Endpoint
@@ -20,6 +20,8 @@ from ..resolve import Resolved
 from .placement import place, rank_resources
 
 NAMESPACE = "kvarto"
+ON_RAY_HEAD = {"node:__internal_head__": 0.001}
+"""The resource that only the node of Ray's own head has; Ray Serve keeps its controller there in the same way."""
 LOAD_TIMEOUT_S = 1800.0
 """A rank that has not loaded its weights by then never will."""
 
@@ -54,6 +56,10 @@ class PlacedGroup:
         except RayError as error:
             cause = str(getattr(error, "cause", None) or type(error).__name__)
         return f"rank {self.run_refs.index(done[0])} died: {cause}"
+
+    def node_ids(self) -> set[str]:
+        """Ray's ids of the nodes that the ranks are on."""
+        return set(placement_group_table(self.placement)["bundles_to_node_id"].values())
 
     def end(self) -> None:
         """Kill what still lives and give the resources back."""

@@ -138,6 +138,10 @@ class FakeFrontend:
     async def metrics(self):
         return "# TYPE kvarto_running gauge\nkvarto_running 3\n"
 
+    async def drain(self):
+        self.state = Health(live=True, ready=False, reason="the server is shutting down")
+        return len(self.running)
+
     def health(self):
         return self.state
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvarto.cluster.engine.transport import GroupFailedError
-from kvarto.protos.request import CancelRequest, DeltaBatch, Query, Reply
+from kvarto.protos.request import CancelRequest, DeltaBatch, Ping, Pong, Query, Reply
 from kvarto.protos.step import StepResult
 
 _spec = importlib.util.spec_from_file_location("engine_fake", Path(__file__).with_name("engine_fake.py"))
@@ -208,6 +208,58 @@ def test_a_draining_head_lets_running_requests_finish():
     while world.links[0].plans:
         world.step()
     assert world.deltas("1")[-1].finish_reason == "length"
+
+
+def test_who_asks_for_a_drain_is_told_what_is_left_and_that_the_head_is_not_ready():
+    world = fake.World()
+    world.post(add("1"), add("2"))
+    world.post(Query(query_id=1, what="drain"))
+    told = [message for _, message in world.transport.sent if isinstance(message, Pong | Reply)]
+    assert [type(message) for message in told] == [Pong, Reply]
+    assert (told[0].ready, told[1].body) == (False, {"num_unfinished": 2})
+    while world.links[0].plans:
+        world.step()
+    world.post(Query(query_id=2, what="drain"), add("3"))
+    assert world.of(Reply)[-1].body == {"num_unfinished": 0}
+    assert errors(world, "3") == ["UnavailableError"]
+
+
+def drain_groups(world, *indices):
+    """How many requests these groups have left."""
+    left = []
+    world.loop.post(lambda: left.append(world.loop.drain_groups(indices)))
+    world.loop.run_once()
+    return left[0]
+
+
+def test_a_group_that_is_drained_finishes_its_requests_while_the_others_take_new_ones():
+    world = fake.World(num_groups=2)
+    world.post(add("1"), add("2"))
+    assert [engine.load for engine in world.engines] == [1, 1]
+    assert drain_groups(world, 1) == 1
+    world.post(add("3"), add("4"))
+    assert [engine.load for engine in world.engines] == [3, 1]
+    while world.links[1].plans:
+        world.step(1)
+    assert world.deltas("2")[-1].finish_reason == "length"
+    assert drain_groups(world, 1) == 0
+    world.post(Ping())
+    assert world.of(Pong)[-1].ready
+
+
+def test_with_its_only_group_drained_the_head_is_not_ready_until_that_one_was_started_again():
+    world = fake.World()
+    assert drain_groups(world, 0, 7) == 0
+    world.post(add("1"), Ping())
+    assert errors(world, "1") == ["UnavailableError"]
+    assert (world.of(Pong)[-1].ready, world.of(Pong)[-1].reason) == (
+        False, "every worker group that is ready is on a node that is being drained")
+    world.loop.fail_group(0, "its node is gone", 1)
+    world.join(0)
+    world.loop.run_once()
+    world.post(add("2"), Ping())
+    assert errors(world, "2") == []
+    assert world.of(Pong)[-1].ready
 
 
 def test_leases_are_renewed_twice_a_second():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from kvarto.protos.config import EngineConfig, ServeConfig
@@ -188,3 +190,38 @@ def test_what_does_not_go_with_sparsity_is_refused_by_name(values):
 def test_a_step_that_cannot_hold_the_queries_that_score_a_prompt_is_refused():
     assert "max_num_batched_tokens must be at least 32" in message(
         **SPARSE | {"kv_sparsity": "snapkv"}, max_num_batched_tokens=31)
+
+
+@pytest.fixture
+def variable(monkeypatch):
+    """Sets KVARTO_API_KEY."""
+    monkeypatch.delenv("KVARTO_API_KEY", raising=False)
+    return lambda value: monkeypatch.setenv("KVARTO_API_KEY", value)
+
+
+def test_the_api_key_is_the_environments_where_none_is_given(variable):
+    assert ServeConfig.parse({"model": "m"}).api_key is None
+    variable("of the environment")
+    assert ServeConfig.parse({"model": "m"}).api_key == "of the environment"
+    assert ServeConfig.parse({"model": "m", "api_key": "given"}).api_key == "given"
+
+
+def test_the_key_that_the_environment_had_is_kept_where_the_configuration_goes(variable):
+    variable("söcret")
+    config = ServeConfig.parse({"model": "m"})
+    variable("another")
+    assert pickle.loads(pickle.dumps(config)).api_key == "söcret"
+    assert config.model_copy(update={"port": 1}).api_key == "söcret"
+
+
+@pytest.mark.parametrize("key", ["", " ", "secret\n", " secret"])
+def test_an_api_key_that_nobody_could_send_is_refused_wherever_it_is_from(variable, key):
+    assert message(ServeConfig, api_key=key).startswith("api_key: must not be empty, nor begin or end with white space")
+    variable(key)
+    assert "KVARTO_API_KEY unset" in message(ServeConfig)
+
+
+def test_the_api_key_is_neither_in_a_refusal_nor_in_what_is_logged(variable):
+    variable("söcret")
+    assert "söcret" not in repr(ServeConfig.parse({"model": "m"}))
+    assert "söcret" not in message(ServeConfig, port=-1)
