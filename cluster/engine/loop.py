@@ -57,6 +57,7 @@ class EngineLoop:
         self._leaving: set[int] = set()
         self._stopped = False
         self._num_groups = 0
+        self._frontends: set[bytes] = set()
 
     @property
     def _epoch(self) -> int:
@@ -101,14 +102,17 @@ class EngineLoop:
         self._on_group_failed(index, reason)
 
     def drain(self) -> None:
-        """Take no more requests; those that run may finish."""
+        """Take no more requests; those that run may finish. Call it on the loop's thread (`post`)."""
         self._draining = True
+        self._tell_frontends()
 
     def drain_groups(self, indices: Collection[int]) -> int:
         """Give these worker groups no more requests; how many they have left. A group that is started again takes
         requests again. Call it on the loop's thread (`post`)."""
         leaving = self._engines.keys() & indices
-        self._leaving |= leaving
+        if not leaving <= self._leaving:
+            self._leaving |= leaving
+            self._tell_frontends()
         return sum(self._engines[index].load for index in leaving)
 
     def stop(self) -> None:
@@ -137,6 +141,7 @@ class EngineLoop:
             on_ready()
         for owner, message in self._transport.receive():
             self.last_heard_s = self._clock()
+            self._frontends.add(owner)
             self._handle(owner, message)
         for index, engine in list(self._engines.items()):
             news: News = []
@@ -176,8 +181,6 @@ class EngineLoop:
         elif isinstance(message, Query):
             if message.what == "drain":
                 self.drain()
-                # Whoever has asked for it must not be told by the next health check that all is well.
-                self._transport.send(owner, self._pong())
             self._transport.send(owner, Reply(query_id=message.query_id, body=self._answer(message.what)))
         elif isinstance(message, Ping):
             self._transport.send(owner, self._pong())
@@ -200,6 +203,12 @@ class EngineLoop:
         reason = self._why_not_ready()
         return Pong(epoch=self._epoch, ready=not reason, reason=reason)
 
+    def _tell_frontends(self) -> None:
+        """Whether the application is ready, before they ask: health checks go by what they have heard last."""
+        for owner in list(self._frontends):
+            if not self._transport.send(owner, self._pong()):
+                self._drop_frontend(owner)
+
     def _why_not_ready(self) -> str:
         """By progress, so that load alone never counts; empty when all is well."""
         if self._draining:
@@ -221,6 +230,7 @@ class EngineLoop:
                 self._drop_frontend(owner)
 
     def _drop_frontend(self, owner: bytes) -> None:
+        self._frontends.discard(owner)
         gone = [group.request.request_id for engine in self._engines.values() for group in engine.scheduler.groups
                 if group.owner == owner]
         logger.warning("a frontend is gone: cancelling its %d requests", len(gone))

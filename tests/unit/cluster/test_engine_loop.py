@@ -224,6 +224,16 @@ def test_who_asks_for_a_drain_is_told_what_is_left_and_that_the_head_is_not_read
     assert errors(world, "3") == ["UnavailableError"]
 
 
+def test_every_frontend_hears_of_a_drain_at_once():
+    world = fake.World()
+    world.post(Ping(), owner=b"a")
+    world.post(Ping(), owner=b"b")
+    world.transport.sent.clear()
+    world.post(Query(query_id=1, what="drain"), owner=b"a")
+    assert {owner for owner, message in world.transport.sent if isinstance(message, Pong) and not message.ready} == {
+        b"a", b"b"}
+
+
 def drain_groups(world, *indices):
     """How many requests these groups have left."""
     left = []
