@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import uuid
 from typing import Any
 
@@ -63,6 +64,8 @@ def start_ray(address: str | None = None) -> bool:
     `ResourcesError`."""
     if ray.is_initialized():
         return False
+    if address:
+        _refuse_silence(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
     options: dict[str, Any] = {"address": address} if address else {
         "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -82,6 +85,17 @@ def drain_this_node() -> int:
         return sum(ray.get([head.drain_node.remote(node_id) for head in find_heads()], timeout=CALL_S))
     except (ResourcesError, ray.exceptions.RayError) as error:
         raise UnavailableError(str(error)) from error
+
+
+def _refuse_silence(address: str) -> None:
+    """Raise `ResourcesError` when nobody listens at `address`, where that is HOST:PORT: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "://" in address:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CALL_S).close()
+    except OSError as error:
+        raise ResourcesError(f"no Ray cluster at {address}: {error}") from None
 
 
 class PrivateApplication:

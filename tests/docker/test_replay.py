@@ -110,6 +110,11 @@ def kvarto(image, *args):
                           env=image.environment, capture_output=True, text=True, check=False, timeout=60)
 
 
+def written(folder):
+    """Every file, and when it was written last."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def test_the_entrypoint_is_there(image):
     assert "serve" in kvarto(image, *docker.exec_form(docker.stages(NAME)[-1].values("CMD")[0])).stdout
     assert "--tensor-parallel-size" in kvarto(image, "serve", "--help").stdout
@@ -134,6 +139,7 @@ def test_the_image_fetches_and_serves_and_is_healthy(image):
     shutil.copytree(MODEL, fetched)
     assert kvarto(image, "fetch", "smollm2-135m").stdout.startswith(str(fetched))
     port = importlib.import_module("kvarto.cluster.cli.server_process").free_port()
+    before = written(image.root / "opt")
     check = docker.stages(NAME)[-1].values("HEALTHCHECK")[0].partition("CMD ")[2].replace(":8000", f":{port}")
     server = subprocess.Popen(
         [shutil.which("kvarto", path=image.environment["PATH"]), "serve", "smollm2-135m", "--port", str(port),
@@ -147,6 +153,7 @@ def test_the_image_fetches_and_serves_and_is_healthy(image):
         assert healthy == 0
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
+        assert written(image.root / "opt") == before, "the root file system is read-only"
     finally:
         with contextlib.suppress(ProcessLookupError):
             server.kill()

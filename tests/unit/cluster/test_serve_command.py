@@ -12,7 +12,7 @@ import pytest
 from kvarto.cluster import application
 from kvarto.cluster.cli import serve as command
 from kvarto.protos.config import ServeConfig
-from kvarto.protos.errors import ResourcesError
+from kvarto.protos.errors import ResourcesError, UnavailableError
 
 
 @pytest.fixture
@@ -75,3 +75,21 @@ def test_head_and_ranks_are_killed_however_its_stop_goes(monkeypatch, outcome):
     head = FakeHead(outcome)
     asyncio.run(application.end_application("app", head))
     assert killed == [head, "app"]
+
+
+@pytest.mark.parametrize("given", ["address", "environment"])
+def test_a_ray_cluster_that_does_not_listen_is_refused_at_once(monkeypatch, given):
+    """Ray itself would try for two minutes, which a pod that ends does not have."""
+    monkeypatch.setattr(application.ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ResourcesError, match=f"no Ray cluster at {address}: .*refused"):
+            application.start_ray(address if given == "address" else "auto")
+
+
+def test_without_a_ray_cluster_a_node_has_nothing_to_drain(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UnavailableError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
+        application.drain_this_node()
