@@ -124,13 +124,19 @@ class GrpcFrontend(_Replica):
         return await asyncio.shield(self._serving)
 
 
-def build_app(args: ServeConfig | dict[str, Any], *, behind_proxy: bool = True) -> serve.Application:
+def build_app(args: ServeConfig | dict[str, Any]) -> serve.Application:
     """The application of a Ray Serve config file (`import_path: kvarto:build_app`); `args` are the fields of
     `ServeConfig`. Deployed from such a file it is DEPLOYING until the model is loaded: who moves traffic to it when it
-    is RUNNING, as KubeRay does, then does so in time. HTTP comes through Serve's proxies, or without them to the one
-    replica that then listens itself. Raises `ConfigError`."""
-    config = args if isinstance(args, ServeConfig) else ServeConfig.parse(dict(args))
-    waits = not isinstance(args, ServeConfig)
+    is RUNNING, as KubeRay does, then does so in time. Raises `ConfigError`."""
+    # Serve takes a builder of exactly one parameter.
+    if isinstance(args, ServeConfig):
+        return application(args)
+    return application(ServeConfig.parse(dict(args)), waits=True)
+
+
+def application(config: ServeConfig, *, waits: bool = False, behind_proxy: bool = True) -> serve.Application:
+    """HTTP comes through Serve's proxies, or without them to the one replica that then listens itself. `waits`: it is
+    not running before the model is loaded."""
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": config.drain_timeout_s + 5}

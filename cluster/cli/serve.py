@@ -21,7 +21,7 @@ from ..application import end_application, start_ray, wait_until_ready
 from ..head import find_head, start_head
 from ..launcher.model import load_model_config
 from ..resolve import resolve
-from ..serve_app import build_app
+from ..serve_app import application
 
 APPLICATION = "kvarto"
 POLL_S = 0.1
@@ -65,7 +65,7 @@ def run_serve(config: ServeConfig, address: str | None) -> int:
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        app = build_app(config, behind_proxy=not direct)
+        app = application(config, behind_proxy=not direct)
         serve.run(app, name=APPLICATION, route_prefix="/")
         asyncio.run(_wait_until_ready(config, head, stop, direct))
         if not stop.is_set():
