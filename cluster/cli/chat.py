@@ -13,6 +13,7 @@ from ...protos.config import EngineConfig
 from ...protos.errors import ConfigError, InvalidRequestError
 from . import sampling
 from .options import GivenConfig, takes_config
+from .server_options import ApiKey
 
 Messages = list[dict[str, str]]
 Pieces = Generator[str, None, None]
@@ -26,8 +27,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="What the assistant is told before all else.")] = None,
     url: Annotated[str | None, typer.Option(
         help="Talk to the server there instead of loading a model; MODEL is then the name that it serves.")] = None,
-    api_key: Annotated[str | None, typer.Option(
-        envvar="KVARTO_API_KEY", show_default=False, help="Key that the server at --url asks for.")] = None,
+    api_key: ApiKey = None,
     max_tokens: sampling.MaxTokens = None,
     temperature: sampling.Temperature = None,
     top_p: sampling.TopP = None,

@@ -9,15 +9,14 @@ from typing import Annotated
 import typer
 
 from ...protos.errors import ConfigError, KvartoError, ModelNotFoundError, UnavailableError
-from .status import DEFAULT_URL
+from .server_options import DEFAULT_URL, ApiKey
 
 POLL_S = 0.2
 
 
 def drain(
     url: Annotated[str, typer.Option(help="Address of the server, which must be on this machine.")] = DEFAULT_URL,
-    api_key: Annotated[str | None, typer.Option(
-        envvar="KVARTO_API_KEY", show_default=False, help="Key that the server asks for.")] = None,
+    api_key: ApiKey = None,
     worker: Annotated[bool, typer.Option(
         "--worker", help="Only what has ranks on this node of the Ray cluster; --url is not used.")] = False,
     delay: Annotated[float, typer.Option(

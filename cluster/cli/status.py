@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...protos.errors import ConfigError, KvartoError, ModelNotFoundError
+from .server_options import DEFAULT_URL, ApiKey
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from .server_client import ServerClient
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 BAR_WIDTH = 12
 UNAVAILABLE = 503
 MIN_WATCH_S, MAX_WATCH_S = 0.1, 3600.0
@@ -27,8 +27,7 @@ MIN_WATCH_S, MAX_WATCH_S = 0.1, 3600.0
 
 def status(
     url: Annotated[str, typer.Option(help="Address of the server.")] = DEFAULT_URL,
-    api_key: Annotated[str | None, typer.Option(
-        envvar="KVARTO_API_KEY", show_default=False, help="Key that the server asks for.")] = None,
+    api_key: ApiKey = None,
     blocks: Annotated[bool, typer.Option(
         "--blocks", help="Draw the blocks of the KV cache, and whose they are.")] = False,
     watch: Annotated[float | None, typer.Option(

@@ -14,11 +14,12 @@ import typer
 from ....protos.config import EngineConfig
 from ....protos.errors import ConfigError, KvartoError
 from ..options import GivenConfig, takes_config
+from ..server_options import ApiKey
 from .arrivals import check_rate, poisson_arrivals
 from .load import run_load
 from .outcome import Outcome
 from .summary import Slo, summarize
-from .target import ApiKey, Grpc, GrpcPort, Target, Url, at_server
+from .target import Grpc, GrpcPort, Target, Url, at_server
 from .trace import TraceRequest, read_trace
 
 TraceFile = Annotated[Path, typer.Option(

@@ -12,11 +12,12 @@ import typer
 from ....protos.config import EngineConfig
 from ....protos.errors import ConfigError
 from ..options import GivenConfig, takes_config
+from ..server_options import ApiKey
 from .arrivals import check_rate
 from .plot import check_plot, plot_sweep
 from .serve import NumRequests, NumWarmUp, Seed, TimeoutS, TraceFile, load_target, raise_for_failures
 from .summary import Slo, summarize
-from .target import ApiKey, Grpc, GrpcPort, Url, at_server
+from .target import Grpc, GrpcPort, Url, at_server
 from .trace import read_trace, rotated
 
 if TYPE_CHECKING:

@@ -20,8 +20,6 @@ from .load import StreamClient
 
 Url = Annotated[str | None, typer.Option(
     help="Load the server there instead of starting one; MODEL is then the name that it serves.")]
-ApiKey = Annotated[str | None, typer.Option(
-    envvar="KVARTO_API_KEY", show_default=False, help="Key that the server at --url asks for.")]
 Grpc = Annotated[bool, typer.Option("--grpc", help="Over gRPC instead of HTTP.")]
 GrpcPort = Annotated[int, typer.Option(min=1, max=65535, help="gRPC port of the server at --url.")]
 
