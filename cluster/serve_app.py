@@ -91,6 +91,11 @@ class HttpPortFrontend(_Replica):
         self._server = HttpServer(self.frontend, config)
         self._starting = asyncio.create_task(self._server.start())
 
+    async def check_health(self) -> None:
+        """As `_Replica.check_health`; and Serve replaces a replica whose server has ended."""
+        await super().check_health()
+        self._server.check()
+
     async def port(self) -> int:
         """The port in use, once the server listens. Raises `ResourcesError` when it cannot."""
         return await asyncio.shield(self._starting)

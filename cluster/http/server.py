@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import uvicorn
 
 from ...protos.config import ServeConfig
-from ...protos.errors import ResourcesError
+from ...protos.errors import ResourcesError, UnavailableError
 from ..frontend_protocol import Frontend
 from .app import create_app
 
@@ -34,6 +34,11 @@ class HttpServer:
         self._serving = asyncio.create_task(server.serve([listener]))
         return int(listener.getsockname()[1])
 
+    def check(self) -> None:
+        """Raises `UnavailableError` when the server has ended: what it listened to is closed then."""
+        if self._serving is not None and self._serving.done():
+            raise UnavailableError("the HTTP server has ended")
+
     def _listen(self) -> socket.socket:
         host, port = self._config.host, self._config.port
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -47,4 +52,3 @@ class HttpServer:
                 f"the HTTP server cannot listen on {host}:{port}: {error.strerror}; free the port, or choose another "
                 "with port (0: any free one)", param="port") from None
         return listener
-
