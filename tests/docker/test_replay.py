@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from kvarto.cluster.model_hub import resolve_model
+
 _spec = importlib.util.spec_from_file_location("dockerfile", Path(__file__).with_name("dockerfile.py"))
 assert _spec and _spec.loader
 docker = importlib.util.module_from_spec(_spec)
@@ -23,7 +25,6 @@ _spec.loader.exec_module(docker)
 NAME = "Dockerfile.cpu"
 WHEELS = Path("/opt/wheels")
 """A folder that has torch's wheel, where the index of such wheels cannot be reached."""
-MODEL = Path("~/.cache/kvarto/models/smollm2-135m").expanduser()
 START_S = 120
 
 pytestmark = pytest.mark.slow
@@ -132,11 +133,11 @@ def test_kvarto_and_its_kernels_are_from_the_image(image):
 
 
 def test_the_image_fetches_and_serves_and_is_healthy(image):
-    if not MODEL.is_dir():
-        pytest.skip(f"{MODEL} is not there: no test before this one has used the model")
-    fetched = Path(image.environment["KVARTO_CACHE"]) / "models" / MODEL.name
+    # As all tests have it; the image finds it in its own cache.
+    model = Path(resolve_model("smollm2-135m")).parent
+    fetched = Path(image.environment["KVARTO_CACHE"]) / "models" / model.name
     fetched.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(MODEL, fetched)
+    shutil.copytree(model, fetched)
     assert kvarto(image, "fetch", "smollm2-135m").stdout.startswith(str(fetched))
     port = importlib.import_module("kvarto.cluster.cli.server_process").free_port()
     before = written(image.root / "opt")
