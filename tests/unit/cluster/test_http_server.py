@@ -40,7 +40,7 @@ def test_a_port_that_is_taken_is_refused_with_what_to_do():
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
-        with pytest.raises(ResourcesError, match="cannot listen on 127.0.0.1.*choose another with port") as caught:
+        with pytest.raises(ResourcesError, match=r"cannot listen on 127\.0\.0\.1.*choose another with port") as caught:
             asyncio.run(server(holder.getsockname()[1]).start())
     assert caught.value.param == "port"
 
