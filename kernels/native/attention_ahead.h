@@ -1,5 +1,6 @@
-// Fetches a job's KV rows into the nearest cache some KB ahead of the arithmetic, and at its pace: in bursts they
-// would fill what the processor has to keep track of its reads with, and the arithmetic's own would wait behind.
+// Fetches a job's KV rows some KB ahead of the arithmetic, and at its pace: in bursts they would fill what the processor
+// has to keep track of its reads with, and the arithmetic's own would wait behind. A processor drops prefetches for
+// which it has no room just then, hence each row is asked for three times: what has come meanwhile costs nothing more.
 #pragma once
 
 #include "attention_rows.h"
@@ -19,7 +20,7 @@ class Ahead {
   Ahead(const KvartoAttention& call, AttentionQueue& queue, int64_t element_bytes, bool scaled)
       : call_(call), queue_(queue), element_bytes_(element_bytes), rows_(call, {}, element_bytes, scaled) {
     take_tile();
-    owed_ = 16384;
+    owed_ = FAR;
   }
 
   // What the arithmetic turns to next; null: there is no more.
@@ -46,7 +47,9 @@ class Ahead {
   KVARTO_MEMBER void use_scores(int64_t bytes) { advance(bytes / 4); }
 
  private:
-  static constexpr int64_t STEP = 256;
+  // How far before the arithmetic rows are asked for, in bytes: into the second cache, into the first, and once more.
+  static constexpr int64_t FAR = 32768, NEAR = 16384, LAST = 4096;
+  static constexpr int64_t STEP = 256, NUM_ASKED = FAR / STEP;
 
   // Rows that are walked through before the next block, or tile.
   int64_t run_rows() const { return smaller(TILE, rows_.block_size); }
@@ -58,12 +61,34 @@ class Ahead {
 
   KVARTO_MEMBER void fetch(int64_t bytes) {
     owed_ += bytes;
-    while (owed_ >= STEP && at_) {
-      for (int64_t line = 0; line < STEP; line += 64) once_ ? prefetch_once(at_ + line) : prefetch(at_ + line);
+    for (; owed_ >= STEP; ++num_asked_) {
+      if (!once_) {
+        ask<prefetch>(asked(NEAR));
+      } else {
+        ask<prefetch_once>(asked(NEAR));
+        if (!rows_.scaled) ask<prefetch_once>(asked(LAST));
+      }
+      asked_[num_asked_ % NUM_ASKED] = at_;
+      if (!at_) {
+        owed_ -= STEP, idle_ += STEP;
+        continue;
+      }
+      if (once_ && !rows_.scaled) ask<prefetch_far>(at_);
       owed_ -= smaller(STEP, stop_ - at_);
       at_ += STEP;
       if (at_ >= stop_) next_strip();
     }
+  }
+
+  template <void (*PREFETCH)(const void*)>
+  static KVARTO_MEMBER void ask(const char* rows) {
+    if (!rows) return;
+    for (int64_t line = 0; line < STEP; line += 64) PREFETCH(rows + line);
+  }
+
+  // The rows that are so many bytes before the arithmetic, if there are any.
+  KVARTO_MEMBER const char* asked(int64_t before) const {
+    return asked_[(num_asked_ - (FAR - before) / STEP) % NUM_ASKED];
   }
 
   // Takes no tile before the arithmetic has turned to the one taken before.
@@ -79,6 +104,7 @@ class Ahead {
     const Span span = chunk_rows(*taken_, call_, shape);
     row_ = span.begin / run_rows() * run_rows(), end_ = span.end;
     side_ = strip_ = 0;
+    owed_ += idle_, idle_ = 0;
     next_strip();
   }
 
@@ -111,6 +137,9 @@ class Ahead {
   const AttentionTile* taken_ = nullptr;  // null: the arithmetic has turned to it
   int64_t rest_ = 0;                      // bytes of its tile that the arithmetic is not done with
   const char *at_ = nullptr, *stop_ = nullptr;
+  const char* asked_[NUM_ASKED] = {};
+  uint64_t num_asked_ = 0;
+  int64_t idle_ = 0;  // bytes that went by while there were no rows to ask for: of the next tile they are owed at once
   // Bytes that it is done with and for which none were fetched. Apart from rest_: beside it GCC counts both in one
   // vector, and then waits for the halves that it wrote.
   int64_t owed_ = 0;

@@ -13,15 +13,17 @@ constexpr int64_t PART = 2 * WIDTH;  // columns that a vector of a row holds; QU
 constexpr int64_t RUN_QUADS = RUN / 4;
 static_assert(RUN % 8 == 0, "quads are reduced two by two");
 
-// A run of keys as they lie in the cache, which few query rows take: read once, and kept in registers.
+// A run of keys as they lie in the cache, which few query rows take: read once, and kept in registers. DIM: the
+// head_dim, or 0 where it is not known when compiled.
+template <int64_t DIM>
 class RunInPlace {
  public:
-  KVARTO_MEMBER RunInPlace(const bf16* keys, int64_t stride, int64_t dim) : keys_(keys), stride_(stride), dim_(dim) {}
+  KVARTO_MEMBER RunInPlace(const bf16* keys, int64_t dim) : keys_(keys), dim_(dim) {}
 
   KVARTO_MEMBER void turn_to(int64_t d) {
-    const int64_t left = dim_ - d;
+    const int64_t dim = DIM ? DIM : dim_, left = dim - d;
     const auto row = [&](int64_t j) __attribute__((always_inline)) {
-      const bf16* key = keys_ + j * stride_ + d;
+      const bf16* key = keys_ + j * dim + d;
       return left < PART ? load_some_pairs(key, left) : load_pairs(key);
     };
 #pragma GCC unroll 2
@@ -32,7 +34,7 @@ class RunInPlace {
 
  private:
   const bf16* keys_;
-  int64_t stride_, dim_;
+  int64_t dim_;
   Pairs quads_[RUN_QUADS][QUADS];
 };
 
@@ -44,8 +46,8 @@ class RunLaidOut {
   KVARTO_MEMBER void turn_to(int64_t d) { part_ = quads_ + d * RUN; }
   KVARTO_MEMBER Pairs quad(int64_t n, int64_t i) const { return load_pairs(part_ + (n * QUADS + i) * PART); }
 
-  static void lay_out(const bf16* keys, int64_t stride, int64_t dim, int64_t padded_dim, bf16* out) {
-    RunInPlace run(keys, stride, dim);
+  static void lay_out(const bf16* keys, int64_t dim, int64_t padded_dim, bf16* out) {
+    RunInPlace<0> run(keys, dim);
     for (int64_t d = 0; d < padded_dim; d += PART) {
       run.turn_to(d);
       for (int64_t n = 0; n < RUN_QUADS; ++n)
@@ -59,8 +61,9 @@ class RunLaidOut {
 };
 
 // scores[q][..] = query q . keys of the runs; rows of scores are TILE apart.
-template <int Q, int R, class Run>
-KVARTO_INLINE void score_runs(const bf16* query, int64_t padded_dim, Run (&runs)[R], float* scores) {
+template <int Q, int64_t DIM, int R, class Run>
+KVARTO_INLINE void score_runs(const bf16* query, int64_t any_padded_dim, Run (&runs)[R], float* scores) {
+  const int64_t padded_dim = DIM ? DIM : any_padded_dim;
   Vec sums[Q][R * RUN_QUADS];
   for (auto& row : sums)
     for (Vec& sum : row) sum = zero();

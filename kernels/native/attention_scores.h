@@ -11,6 +11,15 @@ struct Count {
   static constexpr int value = N;
 };
 
+// Calls visit(Count<dim>), or visit(Count<0>) for a head_dim that has no code of its own: where it is known when
+// compiled, loops over columns are none and addresses need no arithmetic.
+template <class Visit>
+KVARTO_INLINE void with_dim(int64_t dim, Visit visit) {
+  if (dim == 64) return visit(Count<64>());
+  if (dim == 128) return visit(Count<128>());
+  visit(Count<0>());
+}
+
 // Calls visit(Count<Q>, r) for rows r .. r + Q - 1, which share each load of K or V, until all have been visited.
 template <class Visit>
 KVARTO_INLINE void each_few(int64_t rows, Visit visit) {
@@ -67,19 +76,22 @@ static void score(const bf16* query, const TileRows<bf16>& keys, const Span* see
                   float* wide, Ahead* ahead) {
   const int64_t dim = shape.dim, padded_dim = shape.padded_dim, run_bytes = RUN * keys.stride * (int64_t)sizeof(bf16);
   if (few_rows(shape)) {
-    each_few(shape.rows, [&](auto count, int64_t r) {
-      constexpr int Q = decltype(count)::value;
-      for (int64_t j = seen[r].begin / RUN * RUN; j < seen[r + Q - 1].end; j += RUN) {
-        RunInPlace run[] = {{keys[j], keys.stride, dim}};
-        score_runs<Q>(query + r * padded_dim * QUADS, padded_dim, run, scores + r * TILE + j);
-        if (ahead && r == 0) ahead->use(run_bytes);
-      }
+    with_dim(dim, [&](auto fixed) __attribute__((always_inline)) {
+      constexpr int64_t DIM = decltype(fixed)::value;
+      each_few(shape.rows, [&](auto count, int64_t r) __attribute__((always_inline)) {
+        constexpr int Q = decltype(count)::value;
+        for (int64_t j = seen[r].begin / RUN * RUN; j < seen[r + Q - 1].end; j += RUN) {
+          RunInPlace<DIM> run[] = {{keys[j], dim}};
+          score_runs<Q, DIM>(query + r * padded_dim * QUADS, padded_dim, run, scores + r * TILE + j);
+          if (ahead && r == 0) ahead->use(run_bytes);
+        }
+      });
     });
     return;
   }
   bf16* laid_out = (bf16*)wide;
   for (int64_t j = seen[0].begin / RUN * RUN; j < seen[shape.rows - 1].end; j += RUN) {
-    RunLaidOut::lay_out(keys[j], keys.stride, dim, padded_dim, laid_out + j * padded_dim);
+    RunLaidOut::lay_out(keys[j], dim, padded_dim, laid_out + j * padded_dim);
     if (ahead) ahead->use(run_bytes);
   }
   each_few(shape.rows, [&](auto count, int64_t r) {
@@ -89,11 +101,11 @@ static void score(const bf16* query, const TileRows<bf16>& keys, const Span* see
     int64_t j = seen[r].begin / RUN * RUN;
     for (; j + RUN < seen[r + Q - 1].end; j += 2 * RUN) {
       RunLaidOut two[] = {run(j), run(j + RUN)};
-      score_runs<Q>(rows, padded_dim, two, scores + r * TILE + j);
+      score_runs<Q, 0>(rows, padded_dim, two, scores + r * TILE + j);
     }
     if (j < seen[r + Q - 1].end) {
       RunLaidOut one[] = {run(j)};
-      score_runs<Q>(rows, padded_dim, one, scores + r * TILE + j);
+      score_runs<Q, 0>(rows, padded_dim, one, scores + r * TILE + j);
     }
   });
 }

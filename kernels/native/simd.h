@@ -87,6 +87,7 @@ KVARTO_INLINE Vec tanh(Vec x) {
 }
 
 KVARTO_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+KVARTO_INLINE void prefetch_far(const void* address) { __builtin_prefetch(address, 0, 2); }
 KVARTO_INLINE void prefetch_once(const void* address) { __builtin_prefetch(address, 0, 0); }
 
 }  // namespace KVARTO_ISA
