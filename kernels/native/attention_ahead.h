@@ -48,7 +48,7 @@ class Ahead {
 
  private:
   // How far before the arithmetic rows are asked for, in bytes: into the second cache, into the first, and once more.
-  static constexpr int64_t FAR = 32768, NEAR = 16384, LAST = 4096;
+  static constexpr int64_t FAR = 32768, NEAR = 16384, LAST = 6144;
   static constexpr int64_t STEP = 256, NUM_ASKED = FAR / STEP;
 
   // Rows that are walked through before the next block, or tile.
@@ -98,11 +98,11 @@ class Ahead {
     const Shape shape(call_, *taken_);
     once_ = few_rows(shape);
     rows_ = RowFinder(call_, *taken_, element_bytes_, rows_.scaled);
-    // Blocks that lie in one tile are fetched as they lie: the keys of all heads, scales and all, then the values.
+    // Of blocks that lie in one tile the keys of all heads, scales and all, are one run of bytes, and so are the values.
     strips_ = rows_.block_size <= TILE ? 1 : shape.heads;
     strip_bytes_ = rows_.block_size <= TILE ? shape.heads * rows_.head_bytes : TILE * rows_.row_bytes;
     const Span span = chunk_rows(*taken_, call_, shape);
-    row_ = span.begin / run_rows() * run_rows(), end_ = span.end;
+    row_ = tile_row_ = span.begin / run_rows() * run_rows(), end_ = span.end;
     side_ = strip_ = 0;
     owed_ += idle_, idle_ = 0;
     next_strip();
@@ -120,9 +120,12 @@ class Ahead {
     }
     if (++strip_ < strips_) return;
     strip_ = 0;
-    if (++side_ < 2) return;
-    side_ = 0;
     row_ += run_rows();
+    if (row_ < end_ && row_ % TILE) return;
+    if (side_++ == 0)
+      row_ = tile_row_;
+    else
+      side_ = 0, tile_row_ = row_;
   }
 
   const KvartoAttention& call_;
@@ -131,9 +134,9 @@ class Ahead {
   // Of the last tile that was taken.
   RowFinder rows_;
   bool once_ = false;  // nobody reads its rows again soon, so they need not push anything out of the other caches
-  int64_t row_ = 0, end_ = 0;
+  int64_t row_ = 0, tile_row_ = 0, end_ = 0;
   int64_t strips_ = 0, strip_bytes_ = 0;
-  int64_t side_ = 0, strip_ = 0;  // what comes next of the run at row_
+  int64_t side_ = 0, strip_ = 0;  // what comes next of the run at row_: keys of a whole tile, then its values
   const AttentionTile* taken_ = nullptr;  // null: the arithmetic has turned to it
   int64_t rest_ = 0;                      // bytes of its tile that the arithmetic is not done with
   const char *at_ = nullptr, *stop_ = nullptr;
