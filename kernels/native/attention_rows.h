@@ -49,8 +49,10 @@ struct Sight {
     return of(call, tile, shape, {0, INT64_MAX}, false, true);
   }
 
-  Span operator()(int64_t query_row) const {
-    const int64_t visible = first_visible + query_row / group, behind = larger(0, visible - window);
+  Span operator()(int64_t query_row) const { return of_query(query_row / group); }
+
+  Span of_query(int64_t query) const {
+    const int64_t visible = first_visible + query, behind = larger(0, visible - window);
     Span all = far ? Span{0, behind} : Span{behind, visible};
     if (block_size) {
       const int64_t begin = (visible - 1) & -block_size;
@@ -69,9 +71,10 @@ struct Sight {
 
   // Of the tile of KV rows at `first`, the places that each query row of a KV head sees.
   void places(int64_t first, int64_t rows, Span* seen) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const Span all = (*this)(r);
-      seen[r] = {smaller(larger(all.begin - first, 0), TILE), smaller(larger(all.end - first, 0), TILE)};
+    for (int64_t r = 0; r < rows;) {
+      const Span all = of_query(r / group);
+      const Span inside = {smaller(larger(all.begin - first, 0), TILE), smaller(larger(all.end - first, 0), TILE)};
+      for (const int64_t end = r + group; r < end; ++r) seen[r] = inside;
     }
   }
 };

@@ -51,12 +51,23 @@ KVARTO_INLINE Vec load_some(const T* in, int64_t count) {
   return load(lanes);
 }
 
+#if !defined(__AVX512F__)  // which has instructions for both
+// x, but at least -126, less the integer n nearest to it; whole = 1.5 * 2^23 + n.
+KVARTO_INLINE Vec split_exponent(Vec x, Vec& whole) {
+  const Vec clamped = max(set1(-126.0f), x), round = set1(12582912.0f);  // adding it rounds to an integer
+  whole = add(clamped, round);
+  return sub(clamped, sub(whole, round));
+}
+// p * 2^n; 0 where x < -126.
+KVARTO_INLINE Vec scale_by_power(Vec p, Vec whole, Vec x) {
+  return zero_where_less(add_to_exponent(p, whole), x, set1(-126.0f));
+}
+#endif
+
 // 2^x for x < 127 within 2 ulp; 0 below 2^-126 (so exp2(-inf) is 0), exactly 1 at 0; NaN stays.
 KVARTO_INLINE Vec exp2(Vec x) {
-  const Vec lowest = set1(-126.0f), round = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec clamped = max(lowest, x);
-  const Vec shifted = add(clamped, round);
-  const Vec f = sub(clamped, sub(shifted, round));
+  Vec whole;
+  const Vec f = split_exponent(x, whole);
   Vec p = set1(0x1.444004p-13f);
   p = fma(p, f, set1(0x1.5f0896p-10f));
   p = fma(p, f, set1(0x1.3b2a1cp-7f));
@@ -64,7 +75,7 @@ KVARTO_INLINE Vec exp2(Vec x) {
   p = fma(p, f, set1(0x1.ebfbe0p-3f));
   p = fma(p, f, set1(0x1.62e430p-1f));
   p = fma(p, f, set1(1.0f));
-  return zero_where_less(scale_by_power(p, shifted), x, lowest);
+  return scale_by_power(p, whole, x);
 }
 
 // Within 4 ulp; exactly +-1 far out; NaN stays.
