@@ -7,7 +7,6 @@ from itertools import accumulate, pairwise
 
 from ..protos.errors import ConfigError
 from ..protos.model import ModelConfig
-from .families import family_of
 
 _MLP_UNIT = 32
 _VOCAB_UNIT = 64
@@ -42,15 +41,10 @@ class TPLayout:
                 raise ConfigError(f"tensor_parallel_size {tp_size} is more than the model's {limit} {name}; use at "
                                   f"most {min(limits.values())}", param="tensor_parallel_size")
         heads = _split_heads(config.num_heads, config.total_num_kv_heads, tp_size)
-        held = [config.num_layers * _attention_bytes(config, len(q), len(kv)) for q, kv in heads]
-        matrices = 3 if family_of(config).gated else 2
-        mlp_column = matrices * max(1, config.num_experts) * config.hidden_size * config.num_layers
-        vocab_row = config.hidden_size
-        mlp_share = _fill(held, mlp_column * config.intermediate_size + vocab_row * config.vocab_size)
-        mlp = _cut(config.intermediate_size, _MLP_UNIT, mlp_share)
-        held = [size + mlp_column * len(columns) for size, columns in zip(held, mlp, strict=True)]
-        # The vocabulary is cut last: it is the finest unit, and evens out what the MLP columns could not.
-        vocab = _cut(config.vocab_size, _VOCAB_UNIT, _fill(held, vocab_row * config.vocab_size))
+        # Ranks meet after attention and again after the MLP, so that one with fewer heads cannot make up for it with
+        # more columns: it would wait for the others first, and they for it afterwards.
+        mlp = _cut(config.intermediate_size, _MLP_UNIT, tp_size)
+        vocab = _cut(config.vocab_size, _VOCAB_UNIT, tp_size)
         return cls(tp_size, rank, *heads[rank], mlp[rank], vocab[rank])
 
     @property
@@ -70,11 +64,6 @@ class TPLayout:
         return tuple(head // ratio for head in range(self.num_heads))
 
 
-def _attention_bytes(config: ModelConfig, num_heads: int, num_kv_heads: int) -> int:
-    """Weight elements of one layer's q, k, v and o; every weight has one dtype, so elements stand for bytes."""
-    return 2 * (num_heads + num_kv_heads) * config.head_dim * config.hidden_size
-
-
 def _even(total: int, parts: int) -> list[range]:
     """`range(total)` in `parts` runs whose lengths differ by one at most, the longer ones first."""
     sizes = [total // parts + (part < total % parts) for part in range(parts)]
@@ -91,24 +80,10 @@ def _split_heads(num_heads: int, num_kv_heads: int, tp_size: int) -> list[tuple[
             for q in _even(ratio, len(replicas))]
 
 
-def _fill(held: list[int], amount: int) -> list[float]:
-    """How much of `amount` each rank gets so that the totals come out level, as far as `amount` goes."""
-    level, lowest = 0.0, sorted(held)
-    for count in range(1, len(lowest) + 1):
-        level = (amount + sum(lowest[:count])) / count
-        if count == len(lowest) or level <= lowest[count]:
-            break
-    return [max(0.0, level - size) for size in held]
-
-
-def _cut(total: int, unit: int, shares: list[float]) -> list[range]:
-    """`range(total)` in runs proportional to `shares`, cut at multiples of `unit`, or of the largest smaller power of
-    two that leaves every run at least one unit. The last unit may be partial."""
-    parts = len(shares)
+def _cut(total: int, unit: int, parts: int) -> list[range]:
+    """`range(total)` in runs of about one length, cut at multiples of `unit`, or of the largest smaller power of two that
+    leaves every run at least one unit. The last unit may be partial."""
     while -(-total // unit) < parts:
         unit //= 2
-    num_units = -(-total // unit)
-    cuts = [round(num_units * share / sum(shares)) for share in accumulate(shares, initial=0.0)]
-    for part in range(1, parts):
-        cuts[part] = min(max(cuts[part], cuts[part - 1] + 1), num_units - (parts - part))
-    return [range(start * unit, min(stop * unit, total)) for start, stop in pairwise(cuts)]
+    units = _even(-(-total // unit), parts)
+    return [range(run.start * unit, min(run.stop * unit, total)) for run in units]

@@ -1,8 +1,7 @@
-"""Every head, column and vocabulary row lives on exactly one rank, and the ranks read about the same bytes."""
+"""Every head, column and vocabulary row lives on exactly one rank, and ranks do about the same between two meetings."""
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,12 +20,6 @@ def config(num_heads=9, num_kv_heads=3, head_dim=64, hidden=576, mlp=1536, vocab
 
 def layouts(model: ModelConfig, tp_size: int) -> list[TPLayout]:
     return [TPLayout.of(model, tp_size, rank) for rank in range(tp_size)]
-
-
-def weight_elements(model: ModelConfig, layout: TPLayout) -> int:
-    attention = 2 * (layout.num_heads + layout.num_kv_heads) * model.head_dim * model.hidden_size
-    mlp = 3 * len(layout.mlp_columns) * model.hidden_size
-    return model.num_layers * (attention + mlp) + len(layout.vocab) * model.hidden_size
 
 
 def joined(ranges: list[range]) -> list[int]:
@@ -69,28 +62,18 @@ def test_local_query_heads_read_the_kv_head_of_the_whole_model(model, tp_size):
     pytest.param(config(32, 8, 128, 4096, 14336, 128256, 32), id="llama3-8b"),
     pytest.param(config(32, 4, 64, 2048, 5632, 32000, 22), id="tinyllama"),
 ])
-def test_ranks_read_the_same_bytes_within_two_percent(model, tp_size):
-    sizes = [weight_elements(model, part) for part in layouts(model, tp_size)]
-    assert max(sizes) / (sum(sizes) / tp_size) < 1.02
-
-
-def test_experts_and_ungated_mlps_weigh_what_they_have():
-    dense = config(32, 4, 128, 2048, 768, 151936, 48)
-    experts = msgspec.structs.replace(dense, family="qwen3_moe", num_experts=128, num_experts_per_token=8)
-    ungated = msgspec.structs.replace(dense, family="gpt2")
-    for model, matrices in ((experts, 3 * 128), (ungated, 2)):
-        parts = layouts(model, 3)
-        attention = [2 * (part.num_heads + part.num_kv_heads) * model.head_dim * model.num_layers for part in parts]
-        sizes = [held + matrices * len(part.mlp_columns) * model.num_layers + len(part.vocab)
-                 for held, part in zip(attention, parts, strict=True)]
-        assert max(sizes) / (sum(sizes) / 3) < 1.02
+def test_no_rank_has_much_more_of_the_mlp_or_the_vocabulary_than_another(model, tp_size):
+    """Between two meetings of the ranks, that is: after the first they would only wait longer at the second."""
+    parts = layouts(model, tp_size)
+    for held, unit in (([len(part.mlp_columns) for part in parts], 32), ([len(part.vocab) for part in parts], 64)):
+        assert max(held) - min(held) <= unit
 
 
 def test_three_kv_heads_on_two_ranks_split_two_and_one():
     first, second = layouts(config(), 2)
     assert (first.num_kv_heads, second.num_kv_heads) == (2, 1)
     assert (first.num_heads, second.num_heads) == (6, 3)
-    assert len(first.mlp_columns) < len(second.mlp_columns)
+    assert len(first.mlp_columns) == len(second.mlp_columns)
 
 
 def test_more_ranks_than_kv_heads_replicate_a_kv_head_and_divide_its_queries():
