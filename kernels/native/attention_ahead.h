@@ -1,6 +1,7 @@
 // Fetches a job's KV rows some KB ahead of the arithmetic, and at its pace: in bursts they would fill what the processor
 // has to keep track of its reads with, and the arithmetic's own would wait behind. A processor drops prefetches for
-// which it has no room just then, hence each row is asked for three times: what has come meanwhile costs nothing more.
+// which it has no room just then, hence each row is asked for three times: what has come meanwhile costs little more.
+// Once is enough where the arithmetic takes longer than the reads: of many query rows, and of codes.
 #pragma once
 
 #include "attention_rows.h"
@@ -47,7 +48,8 @@ class Ahead {
   KVARTO_MEMBER void use_scores(int64_t bytes) { advance(bytes / 4); }
 
  private:
-  // How far before the arithmetic rows are asked for, in bytes: into the second cache, into the first, and once more.
+  // How far before the arithmetic rows are asked for, in bytes: into the second cache, into the first (those that are
+  // asked for once, too), and once more.
   static constexpr int64_t FAR = 32768, NEAR = 16384, LAST = 6144;
   static constexpr int64_t STEP = 256, NUM_ASKED = FAR / STEP;
 
