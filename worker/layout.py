@@ -81,8 +81,8 @@ def _split_heads(num_heads: int, num_kv_heads: int, tp_size: int) -> list[tuple[
 
 
 def _cut(total: int, unit: int, parts: int) -> list[range]:
-    """`range(total)` in runs of about one length, cut at multiples of `unit`, or of the largest smaller power of two that
-    leaves every run at least one unit. The last unit may be partial."""
+    """`range(total)` in runs of about one length, cut at multiples of `unit`, or of the largest smaller power of two
+    that leaves every run at least one unit. The last unit may be partial."""
     while -(-total // unit) < parts:
         unit //= 2
     units = _even(-(-total // unit), parts)
