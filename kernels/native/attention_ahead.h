@@ -64,18 +64,15 @@ class Ahead {
   KVARTO_MEMBER void fetch(int64_t bytes) {
     owed_ += bytes;
     for (; owed_ >= STEP; ++num_asked_) {
-      if (!once_) {
-        ask<prefetch>(asked(NEAR));
-      } else {
-        ask<prefetch_once>(asked(NEAR));
-        if (!rows_.scaled) ask<prefetch_once>(asked(LAST));
-      }
+      const bool thrice = once_ && !rows_.scaled;
+      once_ ? ask<prefetch_once>(asked(NEAR)) : ask<prefetch>(asked(NEAR));
+      if (thrice) ask<prefetch_once>(asked(LAST));
       asked_[num_asked_ % NUM_ASKED] = at_;
       if (!at_) {
         owed_ -= STEP, idle_ += STEP;
         continue;
       }
-      if (once_ && !rows_.scaled) ask<prefetch_far>(at_);
+      if (thrice) ask<prefetch_far>(at_);
       owed_ -= smaller(STEP, stop_ - at_);
       at_ += STEP;
       if (at_ >= stop_) next_strip();
