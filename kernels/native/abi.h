@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define KVARTO_ABI_VERSION 10
+#define KVARTO_ABI_VERSION 11
 
 // The first KVARTO_NUM_FLOATS are those of activations and weights; the rest, of codes in a cache, have scales.
 enum KvartoDtype : int32_t {
@@ -17,6 +17,12 @@ enum KvartoDtype : int32_t {
   KVARTO_F8 = 4,  // E3M4, as in kernels/kv_layout.py
   KVARTO_I4 = 5,  // K and V of a head of a block in one, as in int4.h
   KVARTO_NUM_DTYPES = 6,
+};
+
+// What a weight may be beside a float: codes with scales, as in kernels/quantized_weight.py.
+enum KvartoWeightCodes : int32_t {
+  KVARTO_WEIGHT_INT8 = 8,
+  KVARTO_WEIGHT_INT4 = 9,
 };
 
 enum KvartoStatus : int32_t {
@@ -87,7 +93,8 @@ struct KvartoQuantization {
   int32_t isa, num_threads;
 };
 
-// x [m, k] of x_dtype with rows x_stride elements apart; packed holds [n, k] of weight_dtype.
+// x [m, k] of x_dtype with rows x_stride elements apart; packed holds [n, k] of weight_dtype, which is a KvartoDtype or
+// one of KvartoWeightCodes.
 struct KvartoLinear {
   const void* x;
   const void* packed;
@@ -166,6 +173,22 @@ struct AttentionKernels {
   void (*attend[KVARTO_NUM_DTYPES])(const KvartoAttention&, AttentionQueue&, float* scratch);
 };
 
+// Columns of a row of x that share a scale where the weight is codes, as they do there.
+constexpr int64_t CODE_GROUP = 32;
+
+struct GroupScale {
+  float scale;    // NaN where the group is not finite, as the sum
+  float sum;      // of the numbers that its codes stand for
+  int32_t start;  // -128 * the sum of its codes: where sums of products with codes begin whose zero is 128
+};
+
+// Rows of x as codes, k of each filled up with zeros to whole groups.
+struct RowCodes {
+  int8_t* codes;       // rows `stride` apart
+  GroupScale* scales;  // rows num_groups apart
+  int64_t stride, num_groups;
+};
+
 struct LinearKernels {
   int64_t width;  // float lanes: fixes how 16-bit columns interleave inside a panel
   void (*to_float[KVARTO_NUM_FLOATS])(const void* x, int64_t count, float* out);
@@ -175,6 +198,17 @@ struct LinearKernels {
   // The same of bf16 x and weights, which are multiplied as they are; null: this instruction set cannot.
   void (*bf16_panel)(const KvartoLinear&, const void* x, int64_t x_stride, int64_t panel, int64_t m_begin,
                      int64_t m_end, float* scratch);
+};
+
+// As above, of a weight that is codes.
+struct QuantizedLinearKernels {
+  // Row m of x from k float32, to which those up to whole groups are added.
+  void (*to_codes)(float* x, int64_t k, const RowCodes& rows, int64_t m);
+  // sums: [m_end - m_begin, PANEL].
+  void (*int8_panel)(const KvartoLinear&, const RowCodes& rows, int64_t panel, int64_t m_begin, int64_t m_end,
+                     float* sums);
+  void (*int4_panel)(const KvartoLinear&, const RowCodes& rows, int64_t panel, int64_t m_begin, int64_t m_end,
+                     float* sums);
 };
 
 // Whether two rows of a packed bf16 weight lie beside each other, column by column: what bf16_panel multiplies. Static: of

@@ -31,7 +31,7 @@ X86_ISA_FLAGS = {
     "portable": [],
     "avx2": AVX2_FLAGS,
     "avx512": AVX512_FLAGS,
-    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
 }
 
 

@@ -7,13 +7,14 @@
 #define KVARTO_EACH_ISA(apply) apply(portable)
 #endif
 
-#define KVARTO_DECLARE(isa)                         \
-  namespace kvarto::isa {                           \
-  extern const AttentionKernels attention_kernels;  \
-  extern const LinearKernels linear_kernels;        \
-  extern const RowKernels row_kernels;              \
-  extern const ScoreKernels score_kernels;          \
-  extern const ExchangeKernels exchange_kernels;    \
+#define KVARTO_DECLARE(isa)                                       \
+  namespace kvarto::isa {                                         \
+  extern const AttentionKernels attention_kernels;                \
+  extern const LinearKernels linear_kernels;                      \
+  extern const QuantizedLinearKernels quantized_linear_kernels;   \
+  extern const RowKernels row_kernels;                            \
+  extern const ScoreKernels score_kernels;                        \
+  extern const ExchangeKernels exchange_kernels;                  \
   }
 KVARTO_EACH_ISA(KVARTO_DECLARE)
 
@@ -21,8 +22,8 @@ namespace kvarto {
 namespace {
 
 #define KVARTO_ENTRY(isa) \
-  {#isa, &isa::attention_kernels, &isa::linear_kernels, &isa::row_kernels, &isa::score_kernels, \
-   &isa::exchange_kernels},
+  {#isa, &isa::attention_kernels, &isa::linear_kernels, &isa::quantized_linear_kernels, &isa::row_kernels, \
+   &isa::score_kernels, &isa::exchange_kernels},
 const Isa ISAS[] = {KVARTO_EACH_ISA(KVARTO_ENTRY)};
 constexpr int32_t NUM_ISAS = sizeof ISAS / sizeof ISAS[0];
 
@@ -36,7 +37,7 @@ bool processor_runs(int32_t isa) {
   switch (isa) {
     case 1: return avx2;
     case 2: return avx512;
-    case 3: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case 3: return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   }
 #endif
   return isa == 0;

@@ -12,6 +12,7 @@ struct Isa {
   const char* name;
   const AttentionKernels* attention;
   const LinearKernels* linear;
+  const QuantizedLinearKernels* quantized_linear;
   const RowKernels* rows;
   const ScoreKernels* scores;
   const ExchangeKernels* exchange;

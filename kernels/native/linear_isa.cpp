@@ -2,28 +2,17 @@
 //
 // Every output element is one float32 sum over k = 0, 1, 2, ... (of products, or of the sums of two) in its own lane,
 // whatever the number of rows: the bits of a row do not depend on the rest of the batch.
-#include "abi.h"
-#include "simd.h"
+#include "linear_panel.h"
 
 namespace kvarto {
 namespace KVARTO_ISA {
 
-constexpr int VECTORS = PANEL / WIDTH;
 // Depth of a widened piece of a panel: 16 KiB, half of a first-level cache.
 constexpr int64_t DEPTH = 128;
-// Of one that is multiplied as it is, several times: the next one, being brought near, fits in beside it.
-constexpr int64_t PIECE_BYTES = 20480;
 // Few rows are multiplied with the packed weight as it is: widening it would not pay.
 constexpr int64_t DIRECT_ROWS = 16;
-// How far ahead a panel that is read once is asked for: what the memory delivers while one line is on its way.
-constexpr int64_t AHEAD_BYTES = 8192;
-// An output so large does not wait in the caches for who reads it.
-constexpr int64_t STREAM_BYTES = 16 << 20;
-constexpr int64_t CACHE_LINE = 64;
 
 static_assert(VECTORS % 2 == 0, "16-bit columns are packed in pairs of vectors");
-
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How elements of x meet a packed weight of T: how many rows of it one step takes, and as what.
 template <class X, class T>
@@ -59,12 +48,6 @@ struct Product<bf16, bf16> {
   static KVARTO_MEMBER Pairs factor(const bf16* x) { return set1_pair(x); }
 };
 #endif
-
-// What to bring near meanwhile: the memory is to work all the time, and no processor follows a stream beyond a page.
-struct Ahead {
-  const char* address;
-  int64_t step_bytes;  // per step; at most two cache lines
-};
 
 // sums[R][PANEL] (+)= x[R][depth] * weight[depth][PANEL].
 template <int R, class X, class T>
@@ -131,37 +114,6 @@ static void multiply_panel(int64_t rows, const X* x, int64_t x_stride, const T* 
   }
 }
 
-static Vec add_bias(const KvartoLinear& call, int64_t column, Vec sum) {
-  return call.bias ? add(sum, load_some(call.bias + column, call.n - column)) : sum;
-}
-
-// Whole cache lines past the caches: reading each line first, to write into it, would cost as much again.
-template <class T>
-static void stream_panel(const KvartoLinear& call, int64_t first, int64_t m_begin, int64_t rows, const float* sums) {
-  for (int64_t r = 0; r < rows; ++r) {
-    alignas(CACHE_LINE) T values[PANEL];
-    for (int64_t c = 0; c < PANEL; c += WIDTH)
-      store(values + c, add_bias(call, first + c, load(sums + r * PANEL + c)));
-    char* out = (char*)((T*)call.out + (m_begin + r) * call.n + first);
-    for (int64_t byte = 0; byte < (int64_t)sizeof values; byte += CACHE_LINE)
-      stream_line(out + byte, (const char*)values + byte);
-  }
-  stream_end();
-}
-
-template <class T>
-static void write_panel(const KvartoLinear& call, int64_t panel, int64_t m_begin, int64_t rows, const float* sums) {
-  const int64_t first = panel * PANEL;
-  const bool whole_lines = call.n % PANEL == 0 && (uintptr_t)call.out % CACHE_LINE == 0;
-  if (whole_lines && call.m * call.n * (int64_t)sizeof(T) >= STREAM_BYTES)
-    return stream_panel<T>(call, first, m_begin, rows, sums);
-  for (int64_t r = 0; r < rows; ++r) {
-    T* out = (T*)call.out + (m_begin + r) * call.n + first;
-    for (int64_t c = 0; c < PANEL && first + c < call.n; c += WIDTH)
-      store_some(out + c, add_bias(call, first + c, load(sums + r * PANEL + c)), call.n - first - c);
-  }
-}
-
 template <class T>
 static void widen(const T* weight, int64_t depth, bool row_pairs, float* wide) {
   for (int64_t i = 0; i < depth; i += 1 + row_pairs) {
@@ -178,14 +130,6 @@ static void widen(const T* weight, int64_t depth, bool row_pairs, float* wide) {
         load_pair(rows + c, first, second);
         store(out + c, first), store(out + c + WIDTH, second);
       }
-  }
-}
-
-static void write_panel_as(const KvartoLinear& call, int64_t panel, int64_t m_begin, int64_t rows, const float* sums) {
-  switch (call.x_dtype) {
-    case KVARTO_BF16: return write_panel<bf16>(call, panel, m_begin, rows, sums);
-    case KVARTO_F16: return write_panel<f16>(call, panel, m_begin, rows, sums);
-    default: return write_panel<float>(call, panel, m_begin, rows, sums);
   }
 }
 

@@ -30,7 +30,7 @@ def test_equals_float64(backend: str, n: int, k: int, with_bias: bool, dtype: to
     weight = torch.randn(n, k).to(dtype)
     bias = torch.randn(n).to(dtype) if with_bias else None
     packed = pack_linear(weight, bias)
-    assert (packed.out_features, packed.in_features, packed.dtype, packed.backend) == (n, k, dtype, backend)
+    assert (packed.out_features, packed.in_features, packed.kind, packed.backend) == (n, k, dtype, backend)
     for num_rows in (0, 1, 2, 3, 4, 7, 17, 50, 200):
         x = torch.randn(num_rows, k).to(dtype)
         out = linear(x, packed)
