@@ -44,7 +44,7 @@ class Resolved:
             epoch=epoch, block_size=config.block_size, max_model_len=self.max_model_len,
             max_num_seqs=config.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens,
             num_threads=self.threads_per_rank, step_timeout_s=config.step_timeout_s, lease_s=config.lease_s,
-            kv_cache_dtype=config.kv_cache_dtype, kv_sparsity=config.sparsity,
+            quantization=config.quantization, kv_cache_dtype=config.kv_cache_dtype, kv_sparsity=config.sparsity,
             kv_disk_path=config.kv_disk_path and os.path.abspath(config.kv_disk_path),
             otlp_traces_endpoint=config.otlp_traces_endpoint)
 
@@ -73,7 +73,7 @@ class Resolved:
             kv_pools=[KVPool(num_blocks=count, window=group.window, num_sinks=group.num_sinks, residual=group.residual)
                       for count, group in zip(blocks, ranks[0].kv_groups, strict=True)],
             num_host_blocks=space.tiers.num_host_blocks, kernels=ranks[0].kernels,
-            collectives=ranks[0].collectives, dtype=self.dtype,
+            collectives=ranks[0].collectives, dtype=self.dtype, quantization=config.quantization,
             kv_cache_dtype=self.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
             tp_size=config.tensor_parallel_size, num_groups=config.num_worker_groups, kv_sparsity=config.sparsity)
         scheduler = Scheduler(
@@ -109,6 +109,9 @@ def resolve(config: EngineConfig, model: ModelConfig, *, has_cuda: bool) -> Reso
         raise ConfigError(f"kv_sparsity={config.kv_sparsity!r} chooses among all tokens, and {model.path} has layers "
                           "that see the last ones only: use kv_sparsity='none'", param="kv_sparsity")
     device = config.device if config.device != "auto" else "cuda" if has_cuda else "cpu"
+    if config.quantization != "none" and device == "cuda":
+        raise ConfigError(f"quantization={config.quantization!r} is for processors: leave it out, or use device='cpu'",
+                          param="quantization")
     cores = len(os.sched_getaffinity(0))
     return Resolved(
         config=config, model=model, device=device, dtype=model.torch_dtype if config.dtype == "auto" else config.dtype,

@@ -1,6 +1,7 @@
 """kvarto's kernels: one op set, several backends. Shapes, dtypes and errors are documented in `ops.py` (attention and
 the KV cache), `int4_ops.py`, `linear_ops.py`, `row_ops.py` and `sparsity_ops.py`, masks in `mask.py`, quantized caches
-in `kv_layout.py`, quantized weights in `quantized_weight.py`, ops recorded and replayed in `recording.py`, timed in `timing.py`."""
+in `kv_layout.py`, quantized weights in `quantized_weight.py`, ops recorded and replayed in
+`recording.py`, timed in `timing.py`."""
 
 from .backends import ExchangeError, available_backends, backend
 from .int4_ops import quantize_blocks

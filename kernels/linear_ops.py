@@ -22,7 +22,7 @@ _FRESH_BYTES = 32 * 2**20
 _packed_memory = PackedMemory()
 
 # The numbers of abi.h.
-_WEIGHT_NUMBERS: dict[torch.dtype | str, int] = {**DTYPE_NUMBERS, "int8": 8, "int4": 9}
+_WEIGHT_NUMBERS: dict[torch.dtype | str, int] = {"int8": 8, "int4": 9} | DTYPE_NUMBERS
 
 
 @dataclass(frozen=True, slots=True)

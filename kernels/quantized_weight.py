@@ -44,7 +44,10 @@ class QuantizedWeight:
     def dequantized(self) -> Tensor:
         """`[out_features, in_features]` float32, which holds every number exactly but for the last addition."""
         codes, scales = self.codes.float(), self.scales.float().unsqueeze(-1)
-        values = (codes - _INT8_ZERO) * scales if self.mins is None else codes * scales + self.mins.float().unsqueeze(-1)
+        if self.mins is None:
+            values = (codes - _INT8_ZERO) * scales
+        else:
+            values = codes * scales + self.mins.float().unsqueeze(-1)
         return values.flatten(1)[:, : self.in_features]
 
     @staticmethod
@@ -84,7 +87,7 @@ def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
 def quantize_rows(x: Tensor) -> Tensor:
     """Float32 rows `[..., in_features]` as the kernels see them beside codes: of every group the nearest whole
     multiples of its largest magnitude / 127; NaN where the group is not finite."""
-    groups = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    groups = F.pad(x, (0, -x.shape[-1] % GROUP)).reshape(*x.shape[:-1], -1, GROUP)
     scales = groups.abs().amax(-1, keepdim=True) / 127
     scales = scales.where(scales >= torch.finfo(torch.float32).tiny, 0.0)
     codes = torch.where(scales > 0, groups * scales.reciprocal(), 0.0).round()

@@ -28,6 +28,9 @@ class EngineConfig(BaseModel):
     model: str = Field(min_length=1, description="Directory in Hugging Face format, `.gguf` file, hub id or alias.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights, activations and KV cache; auto: as saved in the model's files.")
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none", description="Of the weights of linear layers, on processors. int8: 8.5 bits per element; int4: 5, and "
+        "the LM head int8. In the numbers of GGML: what a GGUF file holds as Q8_0, Q4_0 or Q4_1 stays as it is.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     executor: Literal["auto", "inline", "ray"] = Field(
         "auto", description="inline: in this process, ranks as threads; auto: inline for one rank, else ray. "

@@ -139,6 +139,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     collectives: str = "none"
     """What carries tensors between the ranks of a group."""
     dtype: str
+    quantization: str = "none"
+    """Of the weights of linear layers."""
     kv_cache_dtype: str
     """Of the KV cache: a dtype, or how it is quantized."""
     tp_size: int

@@ -214,6 +214,8 @@ class RankConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_threads: int
     step_timeout_s: float
     lease_s: float
+    quantization: str = "none"
+    """`int8`, `int4`: of the weights of linear layers (the LM head has int8 in both), in the numbers of GGML."""
     kv_cache_dtype: str = "auto"
     """`auto`: as `dtype`; `int8`, `fp8`: quantized, with one scale per token and head; `int4`: keys with one per
     channel of a block and head, values per token and head, beside a residual of `dtype`."""

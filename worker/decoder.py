@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..kernels import Mask, NotRecordableError, linear, pack_linear
+from ..kernels import Mask, NotRecordableError, linear
 from ..protos.model import ModelConfig
 from ..protos.spans import Span
 from .attention import Attention
@@ -61,8 +61,7 @@ class Decoder:
         if self._positions is None:
             self._rotary = [rotary_tables(config, max_model_len, device, local=local)
                             for local in ((False,) if config.local_rope_theta is None else (False, True))]
-        self._lm_head = (pack_linear(self._embedding) if config.tie_word_embeddings
-                         else shard.column_parallel(("lm_head",)))
+        self._lm_head = shard.lm_head(self._embedding)
         self._final_norm = shard.norm("final_norm")
         places = {layer: (group, place) for group, spec in enumerate(self.kv_groups) if not spec.residual
                   for place, layer in enumerate(spec.layer_ids)}
@@ -82,14 +81,14 @@ class Decoder:
     @torch.inference_mode()
     def load(cls, config: ModelConfig, layout: TPLayout, source: WeightSource, dtype: torch.dtype,
              device: torch.device, comm: Communicator, max_model_len: int | None = None,
-             kv_cache_dtype: str = "auto") -> Decoder:
-        """Read this rank's weights from `source`, as `dtype` on `device`.
+             kv_cache_dtype: str = "auto", quantization: str = "none") -> Decoder:
+        """Read this rank's weights from `source`, as `dtype` on `device`, those of linear layers as `quantization`.
 
         `max_model_len` bounds the positions that a batch may name; default: what the model was made for.
-        `kv_cache_dtype` as in `RankConfig`. Raises `ModelLoadError` when the files cannot be read.
+        `kv_cache_dtype` and `quantization` as in `RankConfig`. Raises `ModelLoadError` when the files cannot be read.
         """
         max_model_len = max_model_len or config.max_position_embeddings
-        shard = ShardReader(config, layout, source, dtype, device)
+        shard = ShardReader(config, layout, source, dtype, device, quantization)
         return cls(config, layout, shard, device, comm, max_model_len, kv_cache_dtype)
 
     @torch.inference_mode()

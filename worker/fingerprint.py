@@ -22,8 +22,8 @@ def fingerprint(config: RankConfig, groups: list[KVGroupSpec], source: WeightSou
     parts = [
         _FORMAT_VERSION, [_identity(path) for path in sorted({source.file_of(name) for name in source.names()})],
         # Where the model lies changes nothing; that its files are the same is said above.
-        msgspec.structs.replace(config.model, path=""), config.dtype, config.kv_cache_dtype, config.block_size, groups,
-        config.tp_size, config.rank]
+        msgspec.structs.replace(config.model, path=""), config.dtype, config.quantization,
+        config.kv_cache_dtype, config.block_size, groups, config.tp_size, config.rank]
     return hashlib.blake2b(msgspec.msgpack.encode(parts), digest_size=16).hexdigest()
 
 

@@ -45,7 +45,7 @@ class Rank:
         source = open_weights(config.model)
         self._decoder = Decoder.load(
             config.model, self._layout, source, self._dtype, self._device, comm, config.max_model_len,
-            config.kv_cache_dtype)
+            config.kv_cache_dtype, config.quantization)
         groups = self._decoder.kv_groups
         self._block_bytes = [
             block_bytes(config.model, self._layout, group, config.block_size, self._dtype, config.kv_cache_dtype)

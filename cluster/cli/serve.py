@@ -124,7 +124,8 @@ def _announce(config: ServeConfig, infos: list[EngineInfo], seconds: float) -> N
     console.print(
         f"KV cache: {capacity:,} tokens ({info.kv_cache_dtype}) in {blocks} blocks of {info.block_size}; "
         f"{capacity / info.max_model_len:.1f} requests of {info.max_model_len:,} tokens at once")
-    console.print(f"model {config.public_name}: {info.dtype}, tp_size {info.tp_size}, kernels {info.kernels}, "
+    weights = "" if info.quantization == "none" else f" (weights {info.quantization})"
+    console.print(f"model {config.public_name}: {info.dtype}{weights}, tp_size {info.tp_size}, kernels {info.kernels}, "
                   f"collectives {info.collectives}")
     grpc = "" if config.grpc_port is None else f", gRPC at {config.host}:{config.grpc_port}"
     console.print(f"ready after {seconds:.1f} s: http://{config.host}:{config.port}/v1{grpc}")

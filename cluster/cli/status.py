@@ -113,10 +113,11 @@ def _capacity(info: dict[str, Any]) -> Text:
     from rich.text import Text
 
     blocks = " + ".join(f"{pool['num_blocks']:,}" for pool in info["kv_pools"])
+    weights = "" if info["quantization"] == "none" else f" (weights {info['quantization']})"
     return Text(
         f"each group: {info['kv_capacity_tokens']:,} tokens of KV cache ({info['kv_cache_dtype']}) in {blocks} blocks "
         f"of {info['block_size']}; at most {info['max_num_seqs']:,} sequences, {info['max_model_len']:,} tokens each\n"
-        f"tp_size {info['tp_size']}, {info['dtype']}, kernels {info['kernels']}, "
+        f"tp_size {info['tp_size']}, {info['dtype']}{weights}, kernels {info['kernels']}, "
         f"collectives {info['collectives']}")
 
 

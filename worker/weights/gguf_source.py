@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +13,17 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from ...kernels import QuantizedWeight
 from ...protos.errors import ModelLoadError
 from ...protos.model import ModelConfig
 from ..families import TensorNames, family_of
 from ..families.gguf_header import GGUFTensor, read_gguf_header
+from .gguf_codes import KINDS, quantized_weight
 from .source import WeightSource
 
 # gguf dequantizes 16 rows at a time; at this row length its temporaries stay in the cache, and it runs twice as fast.
 _ROW_ELEMENTS = 2048
+_T = TypeVar("_T", bound=np.generic)
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -82,11 +86,22 @@ class GGUFSource(WeightSource):
             values = values - np.float32(entry.offset)
         return torch.from_numpy(np.ascontiguousarray(values.T if entry.transposed else values))
 
+    def read_quantized(self, name: str, kind: str, rows: slice | None = None,
+                       columns: slice | None = None) -> QuantizedWeight | None:
+        entry = self._entries[name]
+        if KINDS.get(entry.tensor.kind) != kind or entry.transposed or entry.offset:
+            return None
+        blocks, inner_rows, inner_columns = self._blocks(entry, rows, columns)
+        if inner_columns.start or inner_columns.stop % GGML_QUANT_SIZES[entry.tensor.kind][0]:
+            return None
+        return quantized_weight((self._in_order(blocks) if entry.interleaved else blocks)[inner_rows],
+                                entry.tensor.kind)
+
     def _values(self, entry: _Entry, rows: slice | None, columns: slice | None) -> npt.NDArray[np.float32]:
         """The slice as the file has it, rows in order: an array of its own."""
         tensor = entry.tensor
-        data = self._bytes[tensor.offset:tensor.offset + tensor.num_bytes]
         if len(tensor.shape) == 1:
+            data = self._bytes[tensor.offset:tensor.offset + tensor.num_bytes]
             values = _dequantize(data[None], tensor.kind)[0]
             if entry.interleaved:
                 values = self._in_order(values)
@@ -94,19 +109,27 @@ class GGUFSource(WeightSource):
             return whole
 
         # Cut on whole heads and quantization blocks first, on the exact borders once the numbers are there.
-        block_size, block_bytes = GGML_QUANT_SIZES[tensor.kind]
-        num_rows, num_columns = tensor.shape
-        outer_rows, inner_rows = _widen(rows, num_rows, self._head_dim if entry.interleaved else 1)
-        outer_columns, inner_columns = _widen(columns, num_columns, block_size)
-        data = data.reshape(num_rows, -1)[
-            outer_rows, outer_columns.start // block_size * block_bytes:outer_columns.stop // block_size * block_bytes]
+        data, inner_rows, inner_columns = self._blocks(entry, rows, columns)
         values = _dequantize(data, tensor.kind)
         if entry.interleaved:
             values = self._in_order(values)
         part: npt.NDArray[np.float32] = values[inner_rows, inner_columns]
         return part
 
-    def _in_order(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _blocks(self, entry: _Entry, rows: slice | None, columns: slice | None,
+                ) -> tuple[npt.NDArray[np.uint8], slice, slice]:
+        """`[R, row_bytes]`, the heads and quantization blocks that hold a slice of a matrix, as the file has them, and
+        the slice as seen from their start."""
+        tensor = entry.tensor
+        block_size, block_bytes = GGML_QUANT_SIZES[tensor.kind]
+        num_rows, num_columns = tensor.shape
+        outer_rows, inner_rows = _widen(rows, num_rows, self._head_dim if entry.interleaved else 1)
+        outer_columns, inner_columns = _widen(columns, num_columns, block_size)
+        data = self._bytes[tensor.offset:tensor.offset + tensor.num_bytes].reshape(num_rows, -1)[
+            outer_rows, outer_columns.start // block_size * block_bytes:outer_columns.stop // block_size * block_bytes]
+        return data, inner_rows, inner_columns
+
+    def _in_order(self, values: npt.NDArray[_T]) -> npt.NDArray[_T]:
         pairs = values.reshape(-1, self._head_dim // 2, 2, *values.shape[1:])
         return pairs.swapaxes(1, 2).reshape(values.shape)
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import torch
 
+from ...kernels import QuantizedWeight
 from ...protos.errors import ModelLoadError
 from ...protos.model import ModelConfig
 from ..families import expected_shapes, family_of
@@ -38,6 +39,12 @@ class WeightSource(ABC):
         step. Returns a contiguous tensor on the CPU that the caller owns, in the dtype of the file; float32 where the
         file is quantized. Raises `ModelLoadError` when the bytes cannot be read.
         """
+
+    def read_quantized(self, name: str, kind: str, rows: slice | None = None,  # noqa: ARG002
+                       columns: slice | None = None) -> QuantizedWeight | None:  # noqa: ARG002
+        """The same slice of a weight as codes of `kind`, where the file holds it so; None where it does not, or where
+        the slice cuts a group of them."""
+        return None
 
 
 def check_tensors(source: WeightSource, config: ModelConfig) -> None:

@@ -26,7 +26,7 @@ GROUP = {"epoch": 3, "num_running": 5, "num_waiting": 8, "num_preemptions": 13, 
 INFO = {"epoch": 3, "max_model_len": 512, "vocab_size": 256, "max_num_seqs": 64, "kv_capacity_tokens": 3840,
         "block_size": 16, "kv_pools": [{"num_blocks": 240}, {"num_blocks": 60, "window": 512}],
         "kernels": "native-avx512", "collectives": "shared memory", "kv_cache_dtype": "int8",
-        "dtype": "float32", "tp_size": 2, "num_groups": 2}
+        "dtype": "float32", "quantization": "int4", "tp_size": 2, "num_groups": 2}
 
 
 class Frontend(fake.FakeFrontend):
@@ -78,7 +78,7 @@ def test_status_shows_health_groups_and_capacity(run, frontend):
     assert ["0", "3", "5", "8", "13", "██████▓░░░░░", "120/240", "3.4%"] in rows
     assert ["1", "down"] in rows
     assert "3,840 tokens of KV cache (int8) in 240 + 60 blocks of 16" in result.stdout
-    assert "tp_size 2, float32, kernels native-avx512, collectives shared memory" in result.stdout
+    assert "tp_size 2, float32 (weights int4), kernels native-avx512, collectives shared memory" in result.stdout
 
 
 def test_status_says_why_the_server_is_not_ready(run, frontend):

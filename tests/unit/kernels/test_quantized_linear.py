@@ -126,7 +126,8 @@ def test_codes_are_those_of_ggml(kind: str, stored: GGMLQuantizationType) -> Non
     values = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
     blocks = ggml_quantize(values, stored).reshape(64, 8, -1)
     ours = quantize_weight(torch.from_numpy(values), kind)
-    codes = blocks[..., 2:] ^ 0x80 if kind == "int8" else np.concatenate((blocks[..., 4:] & 15, blocks[..., 4:] >> 4), -1)
+    packed = blocks[..., 4:]
+    codes = blocks[..., 2:] ^ 0x80 if kind == "int8" else np.concatenate((packed & 15, packed >> 4), -1)
     assert np.array_equal(blocks[..., :2].copy().view(np.float16)[..., 0], ours.scales.numpy())
     difference = np.abs(codes.astype(int) - ours.codes.numpy().astype(int))
     assert difference.max() <= 1

@@ -105,11 +105,12 @@ def on_ranks(tp_size: int, work):
 class Driver:
     """A rank that computes whole sequences: prompts in one ragged batch, then all sequences token by token."""
 
-    def __init__(self, config: ModelConfig, comm, max_model_len=MAX_MODEL_LEN, dtype=torch.float32):
+    def __init__(self, config: ModelConfig, comm, max_model_len=MAX_MODEL_LEN, dtype=torch.float32,
+                 quantization="none"):
         self.comm = comm
         self.layout = TPLayout.of(config, comm.world_size, comm.rank)
         self.decoder = Decoder.load(config, self.layout, open_weights(config), dtype, torch.device("cpu"), comm,
-                                    max_model_len)
+                                    max_model_len, quantization=quantization)
         shapes = [cache_shape(config, self.layout, group, 1 + NUM_BLOCKS, BLOCK_SIZE, dtype)
                   for group in self.decoder.kv_groups]
         self.caches = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes]

@@ -173,6 +173,23 @@ def test_rotary_order_is_restored_under_row_slices(q8, rows):
     assert np.array_equal(open_file(q8).read(Q, rows).numpy(), expected)
 
 
+@pytest.mark.parametrize(("kind", "quantization"), [(Kind.Q8_0, "int8"), (Kind.Q4_0, "int4"), (Kind.Q4_1, "int4")])
+def test_codes_are_read_as_they_are_stored(tmp_path, kind, quantization):
+    source = open_file(write(tmp_path / "a.gguf", kind))
+    for name, rows, columns in ((DOWN, None, None), (DOWN, slice(7, 31), slice(32, 96)), (Q, slice(10, 100), None),
+                                (K, None, None), ("model.embed_tokens.weight", slice(64, 96), None)):
+        found = source.read_quantized(name, quantization, rows, columns)
+        assert found.kind == quantization
+        assert torch.equal(found.dequantized(), source.read(name, rows, columns))
+    assert source.read_quantized(DOWN, {"int8": "int4", "int4": "int8"}[quantization]) is None
+    assert source.read_quantized(DOWN, quantization, columns=slice(32, 80)) is None
+    assert source.read_quantized(DOWN, quantization, columns=slice(16, 64)) is None
+
+
+def test_floats_are_not_stored_as_codes(tmp_path):
+    assert open_file(write(tmp_path / "a.gguf", Kind.F16)).read_quantized(DOWN, "int8") is None
+
+
 def test_rotary_order_of_a_bias_is_restored(tmp_path):
     bias = np.arange(HEADS * HEAD_DIM, dtype=np.float32)
     biases = {f"blk.{layer}.{name}.bias": np.zeros(SHAPES[name][0], np.float32)
