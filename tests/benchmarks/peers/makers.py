@@ -18,6 +18,7 @@ from peers.vllm_settings import KV_POOL_GIB, environment
 
 from kvarto.cluster.model_hub import resolve_model
 
+GGUF = Path(resolve_model("smollm2-135m"))
 THREADS = len(os.sched_getaffinity(0))
 BLOCK_SIZE = 16
 POOL_BYTES = KV_POOL_GIB * 2**30
@@ -36,9 +37,9 @@ def makers(args: argparse.Namespace, model: Path) -> tuple[dict[str, Callable[[]
     """A maker per side that the arguments give a program for; and notes on what is not as it should be."""
     python = sys.executable
 
-    def kvarto(*, keep: bool = True, **options: Any) -> Offline:
+    def kvarto(*, path: Path = model, keep: bool = True, **options: Any) -> Offline:
         return Offline(
-            lambda: OfflineProcess(python, "kvarto_offline.py", str(model), {**OURS, **options}),
+            lambda: OfflineProcess(python, "kvarto_offline.py", str(path), {**OURS, **options}),
             lambda pid: resident_pool_bytes(pid, OURS["num_blocks"] * BLOCK_SIZE * KV_BYTES), keep=keep)
 
     def kvarto_server(*, grpc: bool = False) -> Server:
@@ -52,6 +53,8 @@ def makers(args: argparse.Namespace, model: Path) -> tuple[dict[str, Callable[[]
     found: dict[str, Callable[[], Side]] = {
         "limits": Limits,
         "kvarto": lambda: kvarto(threads_per_rank=THREADS),
+        # On the GGUF file itself, whose 4-bit weights stay as they are; so does llama.cpp.
+        "kvarto_int4": lambda: kvarto(path=GGUF, threads_per_rank=THREADS, quantization="int4"),
         # On Ray, whose parts watch each other's clocks: it cannot stand still while another is measured.
         "kvarto_tp2": lambda: kvarto(keep=False, tensor_parallel_size=2, threads_per_rank=max(1, THREADS // 2)),
         "kvarto_http": kvarto_server,
@@ -73,8 +76,7 @@ def makers(args: argparse.Namespace, model: Path) -> tuple[dict[str, Callable[[]
 
 
 def _llama(program: str) -> Serving:
-    """On the GGUF file itself: 4 bits a weight."""
-    return PeerServer([program, "-m", str(resolve_model("smollm2-135m")), "-np", str(LLAMA_SLOTS), "-c",
+    return PeerServer([program, "-m", str(GGUF), "-np", str(LLAMA_SLOTS), "-c",
                        str(LLAMA_CONTEXT), "-t", str(THREADS)])
 
 

@@ -78,7 +78,8 @@ def test_status_shows_health_groups_and_capacity(run, frontend):
     assert ["0", "3", "5", "8", "13", "██████▓░░░░░", "120/240", "3.4%"] in rows
     assert ["1", "down"] in rows
     assert "3,840 tokens of KV cache (int8) in 240 + 60 blocks of 16" in result.stdout
-    assert "tp_size 2, float32 (weights int4), kernels native-avx512, collectives shared memory" in result.stdout
+    said = " ".join(result.stdout.split())
+    assert "tp_size 2, float32 (weights int4), kernels native-avx512, collectives shared memory" in said
 
 
 def test_status_says_why_the_server_is_not_ready(run, frontend):
