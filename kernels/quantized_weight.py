@@ -87,7 +87,8 @@ def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
 def quantize_rows(x: Tensor) -> Tensor:
     """Float32 rows `[..., in_features]` as the kernels see them beside codes: of every group the nearest whole
     multiples of its largest magnitude / 127; NaN where the group is not finite."""
-    groups = F.pad(x, (0, -x.shape[-1] % GROUP)).reshape(*x.shape[:-1], -1, GROUP)
+    groups = F.pad(x, (0, -x.shape[-1] % GROUP))
+    groups = groups.view(*x.shape[:-1], groups.shape[-1] // GROUP, GROUP)
     scales = groups.abs().amax(-1, keepdim=True) / 127
     scales = scales.where(scales >= torch.finfo(torch.float32).tiny, 0.0)
     codes = torch.where(scales > 0, groups * scales.reciprocal(), 0.0).round()

@@ -67,17 +67,18 @@ def quantize_blocks(
         raise ValueError(f"blocks: entry {int(bad.nonzero()[0, 0])} names a block outside its cache")
     parts = int4_parts(cache, *residual.shape[4:])
     keys, values = residual[residual_blocks, residual_layer].float().unbind(1)
-    codes, scales, zeros = _quantize_int4(keys.transpose(-1, -2))
+    channels = keys.transpose(-1, -2)
+    codes, scales, zeros = _quantize_int4(channels, channels.amin(-1), channels.amax(-1))
     parts.key_codes[blocks, layer] = pack_int4(codes.transpose(-1, -2))
-    parts.key_scales[blocks, layer], parts.key_zeros[blocks, layer] = scales, zeros
-    codes, scales, zeros = _quantize_int4(values)
+    parts.key_scales[blocks, layer], parts.key_zeros[blocks, layer] = scales, zeros.to(torch.int8)
+    codes, scales, zeros = _quantize_int4(values, values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0))
     parts.value_codes[blocks, layer] = pack_int4(codes)
-    parts.value_scales[blocks, layer], parts.value_zeros[blocks, layer] = scales, zeros
+    parts.value_scales[blocks, layer], parts.value_zeros[blocks, layer] = scales, pack_int4(zeros.to(INT4))
 
 
-def _quantize_int4(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes `[..., n]`, scales `[...]` bfloat16 and zeros `[...]` int8 of float32 vectors `[..., n]`."""
-    low, high = vectors.amin(-1), vectors.amax(-1)
+def _quantize_int4(vectors: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[..., n]`, scales `[...]` bfloat16 and zeros `[...]` float32 of float32 vectors `[..., n]` and ranges."""
+    # Where the range has a 0 in it, the first is never the smaller.
     largest = torch.maximum(high.abs(), low.abs())
     steps = torch.maximum((high - low) / INT4_LARGEST_CODE, largest / INT4_LARGEST_ZERO)
     scales = ((steps.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)  # up to the next of bfloat16
@@ -86,7 +87,7 @@ def _quantize_int4(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     divisors = scales.where(used, 1.0)
     zeros = (-low / divisors).round().clamp(-128, 127).where(used, 0.0)
     codes = ((vectors / divisors.unsqueeze(-1)).round() + zeros.unsqueeze(-1)).clamp(0, INT4_LARGEST_CODE)
-    return codes.where(used.unsqueeze(-1), 0.0).to(INT4), scales.bfloat16(), zeros.to(torch.int8)
+    return codes.where(used.unsqueeze(-1), 0.0).to(INT4), scales.bfloat16(), zeros
 
 
 def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
@@ -164,7 +165,8 @@ def _read_int4(
     parts = int4_parts(cache, block_size, head_dim)
     key_zeros, key_scales = parts.key_zeros[block_ids, layer].float(), parts.key_scales[block_ids, layer].float()
     keys = (unpack_int4(parts.key_codes[block_ids, layer, :, offsets]).float() - key_zeros) * key_scales
-    zeros = parts.value_zeros[block_ids, layer, :, offsets].float().unsqueeze(-1)
+    rows = torch.arange(len(offsets), device=offsets.device)
+    zeros = unpack_int4(parts.value_zeros[block_ids, layer])[rows, :, offsets].float().unsqueeze(-1)
     scales = parts.value_scales[block_ids, layer, :, offsets].float().unsqueeze(-1)
     values = (unpack_int4(parts.value_codes[block_ids, layer, :, offsets]).float() - zeros) * scales
     return keys.transpose(0, 1), values.transpose(0, 1)

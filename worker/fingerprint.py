@@ -11,7 +11,7 @@ from ..protos.model import KVGroupSpec
 from ..protos.step import RankConfig
 from .weights import WeightSource
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 """Of the files and of a block's layout: raise it when either changes."""
 _SAMPLE_BYTES = 64 * 1024
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define KVARTO_ABI_VERSION 11
+#define KVARTO_ABI_VERSION 12
 
 // The first KVARTO_NUM_FLOATS are those of activations and weights; the rest, of codes in a cache, have scales.
 enum KvartoDtype : int32_t {

@@ -55,7 +55,7 @@ class Int4Rows {
     each_block(first, held, head, [&](const char* block, int64_t offset, int64_t place, int64_t count) {
       for (int64_t j = 0; j < count; ++j) {
         const Vec row_scale = set1(to_float(((const bf16*)(block + head_.value_scales))[offset + j]));
-        const Vec row_bias = bias(row_scale, set1((float)((const int8_t*)(block + head_.value_zeros))[offset + j]));
+        const Vec row_bias = bias(row_scale, set1((float)value_zero(block, offset + j)));
         const uint8_t* codes = (const uint8_t*)block + head_.value_codes + (offset + j) * half_;
         float* out = wide + (place + j) * padded_dim_;
         each_columns([&](int64_t d) __attribute__((always_inline)) {
@@ -81,6 +81,11 @@ class Int4Rows {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
+  }
+  KVARTO_MEMBER int32_t value_zero(const char* block, int64_t row) const {
+    const int64_t half = block_size_ / 2;
+    const uint8_t pair = ((const uint8_t*)block)[head_.value_zeros + (row & (half - 1))];
+    return row < half ? pair & 15 : pair >> 4;
   }
   static KVARTO_MEMBER Vec bias(Vec scale, Vec zero_code) { return sub(zero(), mul(zero_code, scale)); }
 

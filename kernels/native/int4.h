@@ -5,7 +5,7 @@
 
 namespace kvarto {
 
-// Offsets of its parts, in bytes. Codes are rows of head_dim / 2 bytes.
+// Offsets of its parts, in bytes. Codes are rows of head_dim / 2 bytes; value_zeros are block_size / 2.
 struct Int4Head {
   int64_t value_codes, key_scales, value_scales, key_zeros, value_zeros, bytes;
 };
@@ -18,7 +18,7 @@ static inline Int4Head int4_head(int64_t block_size, int64_t head_dim) {
   head.value_scales = head.key_scales + 2 * head_dim;
   head.key_zeros = head.value_scales + 2 * block_size;
   head.value_zeros = head.key_zeros + head_dim;
-  head.bytes = head.value_zeros + block_size;
+  head.bytes = head.value_zeros + block_size / 2;
   return head;
 }
 

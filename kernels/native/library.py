@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..checks import CacheShape
 
-ABI_VERSION = 11
+ABI_VERSION = 12
 LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "

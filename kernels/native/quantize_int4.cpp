@@ -24,8 +24,9 @@ struct Vectors {
   float low[N], high[N], finite[N];  // finite: 0, or NaN where the vector is not
   float divisor[N], zero[N], limit[N];
 
-  void clear(int64_t count) {
-    for (int64_t i = 0; i < count; ++i) low[i] = __builtin_inff(), high[i] = -__builtin_inff(), finite[i] = 0.0f;
+  // For ranges that include those from low_end to high_end.
+  void clear(int64_t count, float low_end, float high_end) {
+    for (int64_t i = 0; i < count; ++i) low[i] = low_end, high[i] = high_end, finite[i] = 0.0f;
   }
 
   void see(int64_t i, float x) {
@@ -33,9 +34,10 @@ struct Vectors {
     finite[i] += x - x;
   }
 
-  // Writes the scales, as bfloat16, and the zeros.
-  void settle(int64_t count, char* scales, char* zeros) {
+  // Writes the scales, as bfloat16.
+  void settle(int64_t count, char* scales) {
     for (int64_t i = 0; i < count; ++i) {
+      // Where the range has a 0 in it, the first is never the smaller.
       const float largest = larger(magnitude(low[i]), magnitude(high[i]));
       float scale = larger((high[i] - low[i]) / LARGEST_CODE, largest / LARGEST_ZERO) + finite[i];
       uint32_t bits;
@@ -49,7 +51,6 @@ struct Vectors {
       divisor[i] = used ? scale : 1.0f;
       zero[i] = used ? larger(-128.0f, smaller(127.0f, rounded(-low[i] / scale))) : 0.0f;
       limit[i] = used ? LARGEST_CODE : 0.0f;
-      zeros[i] = (char)(int8_t)zero[i];
     }
   }
 
@@ -73,12 +74,13 @@ struct Quantizer {
     const int64_t dim = residual.head_dim, half = dim / 2;
     Vectors<MAX_HEAD_DIM> channels;
     float x[MAX_HEAD_DIM];
-    channels.clear(dim);
+    channels.clear(dim, __builtin_inff(), -__builtin_inff());
     for (int64_t row = 0; row < residual.block_size; ++row) {
       to_float(rows + row * row_bytes, dim, x);
       for (int64_t d = 0; d < dim; ++d) channels.see(d, x[d]);
     }
-    channels.settle(dim, head + layout.key_scales, head + layout.key_zeros);
+    channels.settle(dim, head + layout.key_scales);
+    for (int64_t d = 0; d < dim; ++d) head[layout.key_zeros + d] = (char)(int8_t)channels.zero[d];
     for (int64_t row = 0; row < residual.block_size; ++row) {
       uint8_t codes[MAX_HEAD_DIM];
       to_float(rows + row * row_bytes, dim, x);
@@ -89,14 +91,14 @@ struct Quantizer {
 
   void values(const char* rows, char* head) const {
     constexpr int64_t COLUMNS = 8;  // every head_dim is a multiple of it
-    const int64_t dim = residual.head_dim, half = dim / 2;
+    const int64_t dim = residual.head_dim, half = dim / 2, size = residual.block_size;
     Vectors<MAX_BLOCK_SIZE> found;
     float x[MAX_HEAD_DIM];
-    found.clear(residual.block_size);
-    for (int64_t row = 0; row < residual.block_size; ++row) {
+    found.clear(size, 0.0f, 0.0f);
+    for (int64_t row = 0; row < size; ++row) {
       to_float(rows + row * row_bytes, dim, x);
       Vectors<COLUMNS> columns;
-      columns.clear(COLUMNS);
+      columns.clear(COLUMNS, 0.0f, 0.0f);
       for (int64_t d = 0; d < dim; d += COLUMNS)
         for (int64_t i = 0; i < COLUMNS; ++i) columns.see(i, x[d + i]);
       for (int64_t i = 0; i < COLUMNS; ++i) {
@@ -105,8 +107,11 @@ struct Quantizer {
         found.finite[row] += columns.finite[i];
       }
     }
-    found.settle(residual.block_size, head + layout.value_scales, head + layout.value_zeros);
-    for (int64_t row = 0; row < residual.block_size; ++row) {
+    found.settle(size, head + layout.value_scales);
+    uint8_t zeros[MAX_BLOCK_SIZE];
+    for (int64_t row = 0; row < size; ++row) zeros[row] = (uint8_t)found.zero[row];
+    pack(zeros, size / 2, head + layout.value_zeros);
+    for (int64_t row = 0; row < size; ++row) {
       uint8_t codes[MAX_HEAD_DIM];
       to_float(rows + row * row_bytes, dim, x);
       for (int64_t d = 0; d < dim; ++d) codes[d] = (uint8_t)found.code(row, x[d]);

@@ -19,7 +19,7 @@ NO_ROW = tl.constexpr(2**30)
 @triton.constexpr_function
 def head_bytes(block_size, head_dim):
     """`kv_layout.int4_head_bytes`, which no kernel can call."""
-    return block_size * head_dim + 3 * (head_dim + block_size)
+    return block_size * head_dim + 2 * (head_dim + block_size) + head_dim + block_size // 2
 
 
 @triton.constexpr_function
@@ -121,7 +121,10 @@ def int4_values(head_ptr, offs_block, offs_slot, row_mask, channels, dtype: tl.c
     packed = tl.load(head_ptr + offs_rows[:, None] + (channels % HALF)[None, :],
                      mask=row_mask[:, None] & (channels < HEAD_DIM)[None, :], other=0)
     codes = (packed >> (channels // HALF * 4)[None, :].to(tl.uint8)) & 15
-    zeros = int8_at(head_ptr + offs_block + value_zeros(BLOCK_SIZE, HEAD_DIM) + offs_slot, row_mask)
+    HALF_BLOCK: tl.constexpr = BLOCK_SIZE // 2
+    pairs = tl.load(head_ptr + offs_block + value_zeros(BLOCK_SIZE, HEAD_DIM) + offs_slot % HALF_BLOCK, mask=row_mask,
+                    other=0)
+    zeros = ((pairs >> (offs_slot // HALF_BLOCK * 4).to(tl.uint8)) & 15).to(tl.float32)
     scales = bfloat16_at(head_ptr + offs_block + value_scales(BLOCK_SIZE, HEAD_DIM) + 2 * offs_slot, row_mask)
     UNIT: tl.constexpr = value_unit(dtype)
     values = codes.to(tl.float32) - zeros[:, None]
@@ -132,9 +135,10 @@ def int4_values(head_ptr, offs_block, offs_slot, row_mask, channels, dtype: tl.c
 
 @triton.jit
 def int4_scales(low, high, spoilt):
-    """Scales [N], as float32, zeros and largest codes [N], float32, of vectors with such extremes; spoilt [N]: > 0
-    where one is not finite."""
+    """Scales, divisors, zeros and largest codes [N], float32, of vectors with such ranges; spoilt [N]: > 0 where one is
+    not finite."""
     fifteen, most = tl.full(low.shape, LARGEST_CODE, tl.float32), tl.full(low.shape, LARGEST_ZERO, tl.float32)
+    # Where the range has a 0 in it, the first is never the smaller.
     step = tl.maximum(tl.div_rn(high - low, fifteen), tl.div_rn(tl.maximum(tl.abs(low), tl.abs(high)), most))
     # Up to the next of bfloat16.
     scales = ((step.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)

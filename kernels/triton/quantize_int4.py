@@ -35,11 +35,10 @@ def extremes(low_half, high_half, column_mask, AXIS: tl.constexpr):
 
 
 @triton.jit
-def store_scales(head_ptr, offs, offs_scales, offs_zeros, scales, zeros, mask):
-    """offs [N]: which vectors; scales float32 that bfloat16 holds."""
+def store_scales(ptr, offs, scales, mask):
+    """At bytes; offs [N]: which vectors; scales float32 that bfloat16 holds."""
     bits = (scales.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
-    tl.store((head_ptr + offs_scales + 2 * offs).to(tl.pointer_type(tl.uint16), bitcast=True), bits, mask=mask)
-    tl.store(head_ptr + offs_zeros + offs, zeros.to(tl.int8).to(tl.uint8, bitcast=True), mask=mask)
+    tl.store((ptr + 2 * offs).to(tl.pointer_type(tl.uint16), bitcast=True), bits, mask=mask)
 
 
 @triton.jit
@@ -47,8 +46,9 @@ def quantize_channels(x, head_ptr, channels, mask, BLOCK_SIZE: tl.constexpr, HEA
     """Codes of keys [BLOCK_SIZE, HALF] of some channels; their scales and zeros are stored."""
     least, largest, spoilt = extremes(x, x, mask, 0)
     scales, divisors, zeros, most = int4_scales(least, largest, spoilt)
-    store_scales(head_ptr, channels, key_scales(BLOCK_SIZE, HEAD_DIM), key_zeros(BLOCK_SIZE, HEAD_DIM), scales, zeros,
-                 mask)
+    store_scales(head_ptr + key_scales(BLOCK_SIZE, HEAD_DIM), channels, scales, mask)
+    tl.store(head_ptr + key_zeros(BLOCK_SIZE, HEAD_DIM) + channels, zeros.to(tl.int8).to(tl.uint8, bitcast=True),
+             mask=mask)
     return int4_codes(x, divisors[None, :], zeros[None, :], most[None, :])
 
 
@@ -90,9 +90,11 @@ def quantize_blocks_kernel(
     low = tl.load(value_ptr + offs, mask=tile_mask, other=0.0).to(tl.float32)
     high = tl.load(value_ptr + offs + HALF, mask=tile_mask, other=0.0).to(tl.float32)
     least, largest, spoilt = extremes(low, high, mask, 1)
-    scales, divisors, zeros, most = int4_scales(least, largest, spoilt)
-    store_scales(head_ptr, offs_n, value_scales(BLOCK_SIZE, HEAD_DIM), value_zeros(BLOCK_SIZE, HEAD_DIM), scales,
-                 zeros, offs_n >= 0)
+    scales, divisors, zeros, most = int4_scales(tl.minimum(least, 0.0), tl.maximum(largest, 0.0), spoilt)
+    store_scales(head_ptr + value_scales(BLOCK_SIZE, HEAD_DIM), offs_n, scales, offs_n >= 0)
+    halves = tl.reshape(zeros.to(tl.int32), [2, BLOCK_SIZE // 2]) << (4 * tl.arange(0, 2))[:, None]
+    tl.store(head_ptr + value_zeros(BLOCK_SIZE, HEAD_DIM) + tl.arange(0, BLOCK_SIZE // 2),
+             tl.sum(halves, 0).to(tl.uint8))
     low_codes = int4_codes(low, divisors[:, None], zeros[:, None], most[:, None])
     high_codes = int4_codes(high, divisors[:, None], zeros[:, None], most[:, None])
     tl.store(head_ptr + value_codes(BLOCK_SIZE, HEAD_DIM) + offs_codes, low_codes | (high_codes << 4), mask=tile_mask)

@@ -30,10 +30,20 @@ OPTIONS: dict[str, Any] = dict(kv_cache_dtype="int4", dtype="float32", max_model
 pytestmark = pytest.mark.timeout(900)
 
 
-def read_back(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Vectors along `dim`, float32, by 16 codes each: as the definition says, in numbers and not in bytes."""
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    scale = torch.maximum((high - low) / 15, torch.maximum(low.abs(), high.abs()) / 120)
+def channels_read_back(keys: torch.Tensor) -> torch.Tensor:
+    """`[..., block_size, head_dim]`, float32, by 16 codes for each channel: as the definition says, in numbers and not
+    in bytes."""
+    low, high = keys.amin(-2, keepdim=True), keys.amax(-2, keepdim=True)
+    return read_back(keys, low, torch.maximum((high - low) / 15, torch.maximum(low.abs(), high.abs()) / 120))
+
+
+def rows_read_back(values: torch.Tensor) -> torch.Tensor:
+    """The same for each row, whose range has a 0 in it."""
+    low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
+    return read_back(values, low, (high - low) / 15)
+
+
+def read_back(x: torch.Tensor, low: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     # Up to the next bfloat16, which has the upper half of a float32's bits.
     scale = ((scale.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
     zero = (-low / scale).round()
@@ -54,8 +64,8 @@ class Simulation:
         length, size = query.shape[2], self.block_size
         whole = length // size * size if self.quantizes else 0
         blocks = key[:, :, :whole].unflatten(2, (-1, size)) if whole else key[:, :, :0]
-        old_key = torch.cat((read_back(blocks, 3).flatten(2, 3), key[:, :, whole:]), 2) if whole else key
-        old_value = torch.cat((read_back(value[:, :, :whole], 3), value[:, :, whole:]), 2) if whole else value
+        old_key = torch.cat((channels_read_back(blocks).flatten(2, 3), key[:, :, whole:]), 2) if whole else key
+        old_value = torch.cat((rows_read_back(value[:, :, :whole]), value[:, :, whole:]), 2) if whole else value
         at = torch.arange(length)
         own = at >= at[:, None] // size * size
         seen = at <= at[:, None]

@@ -31,18 +31,17 @@ class Block:
     key_scales: Array  # [num_kv_heads, head_dim]
     key_zeros: npt.NDArray[np.int8]
     value_scales: Array  # [num_kv_heads, block_size]
-    value_zeros: npt.NDArray[np.int8]
+    value_zeros: npt.NDArray[np.uint8]  # 0 to 15
 
     @classmethod
     def random(cls, num_kv_heads: int, block_size: int, head_dim: int) -> Block:
         def scales(size: int) -> Array:
             return torch.rand(num_kv_heads, size).mul(0.3).bfloat16().double().numpy()
 
-        def zeros(size: int) -> npt.NDArray[np.int8]:
-            return torch.randint(-3, 19, (num_kv_heads, size)).to(torch.int8).numpy()
-
         codes = torch.randint(16, (2, num_kv_heads, block_size, head_dim)).to(torch.uint8).numpy()
-        return cls(codes, scales(head_dim), zeros(head_dim), scales(block_size), zeros(block_size))
+        key_zeros = torch.randint(-3, 19, (num_kv_heads, head_dim)).to(torch.int8).numpy()
+        value_zeros = torch.randint(16, (num_kv_heads, block_size)).to(torch.uint8).numpy()
+        return cls(codes, scales(head_dim), key_zeros, scales(block_size), value_zeros)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V, `[block_size, num_kv_heads, head_dim]` float64."""
@@ -52,13 +51,14 @@ class Block:
 
     def bytes(self) -> Tensor:
         """`[num_kv_heads, int4_head_bytes]`, by the words of the contract."""
-        half = self.codes.shape[-1] // 2
+        half, half_block = self.codes.shape[-1] // 2, self.codes.shape[-2] // 2
         heads = []
         for head in range(self.codes.shape[1]):
             packed = [codes[head, :, :half] + 16 * codes[head, :, half:] for codes in self.codes]
             scales = [torch.from_numpy(x[head]).bfloat16().view(torch.uint8).numpy()
                       for x in (self.key_scales, self.value_scales)]
-            zeros = [x[head].view(np.uint8) for x in (self.key_zeros, self.value_zeros)]
+            of_rows = self.value_zeros[head]
+            zeros = [self.key_zeros[head].view(np.uint8), of_rows[:half_block] + 16 * of_rows[half_block:]]
             heads.append(np.concatenate([part.ravel() for part in (*packed, *scales, *zeros)]))
         return torch.from_numpy(np.stack(heads))
 
@@ -168,28 +168,41 @@ def is_own(kv_len: int, num_queries: int, block_size: int) -> Tensor:
 
 def random_residual(dtype: torch.dtype, num_kv_heads: int, block_size: int = 16, head_dim: int = 24,
                     num_blocks: int = 4) -> Tensor:
-    """Of many magnitudes and offsets, in a row, in a channel and between heads."""
+    """Of many magnitudes and offsets, in a row, in a channel and between heads; row 0 is negative throughout, row 1
+    positive."""
     shape = (num_blocks, 2, 2, num_kv_heads, block_size, head_dim)
     magnitudes = 2.0 ** torch.randint(-6, 7, (*shape[:4], 1, 1)) * torch.rand(head_dim) ** 4
     offsets = torch.randn(*shape[:4], 1, head_dim) * torch.randint(4, (head_dim,)) ** 3
-    return ((torch.randn(shape) + offsets) * magnitudes).to(dtype)
+    rows = (torch.randn(shape) + offsets) * magnitudes
+    rows[..., :2, :] = rows[..., :2, :].abs() + 1e-3
+    rows[..., 0, :] *= -1
+    return rows.to(dtype)
 
 
-def by_the_formula(vectors: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], Array, npt.NDArray[np.int8]]:
-    """Codes, scales and zeros of finite float32 `[..., n]`, step by step in float32."""
+def by_the_formula(vectors: npt.NDArray[np.float32], with_zero: bool) -> tuple[npt.NDArray[np.uint8], Array, Array]:
+    """Codes, scales and zeros of finite float32 `[..., n]`, step by step in float32; `with_zero`: as rows of values,
+    whose ranges have a 0 in them, and not as channels of keys."""
     low, high = vectors.min(-1, keepdims=True), vectors.max(-1, keepdims=True)
-    exact = np.maximum((high - low) / np.float32(15), np.maximum(abs(low), abs(high)) / np.float32(120))
+    if with_zero:
+        low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+    exact = (high - low) / np.float32(15)
+    if not with_zero:
+        exact = np.maximum(exact, np.maximum(abs(low), abs(high)) / np.float32(120))
     near = torch.from_numpy(exact).bfloat16()
     up = torch.where(near.float() < torch.from_numpy(exact), near.nextafter(torch.tensor(torch.inf).bfloat16()), near)
     scale = up.float().numpy()
     with np.errstate(all="ignore"):
-        zero = np.where(scale > 0, np.clip(np.rint(-low / scale), -128, 127), 0)
+        zero = np.where(scale > 0, np.rint(-low / scale), 0)
+        if not with_zero:
+            zero = np.clip(zero, -128, 127)
         codes = np.where(scale > 0, np.clip(np.rint(vectors / scale) + zero, 0, 15), 0)
-    return codes.astype(np.uint8), scale[..., 0].astype(float), zero[..., 0].astype(np.int8)
+    return codes.astype(np.uint8), scale[..., 0].astype(float), zero[..., 0]
 
 
 def expected_block(keys: Tensor, values: Tensor) -> Block:
     """`[num_kv_heads, block_size, head_dim]` each."""
-    key_codes, *of_keys = by_the_formula(keys.float().numpy().swapaxes(-1, -2))
-    value_codes, *of_values = by_the_formula(values.float().numpy())
-    return Block(np.stack([key_codes.swapaxes(-1, -2), value_codes]), *of_keys, *of_values)
+    key_codes, key_scales, key_zeros = by_the_formula(keys.float().numpy().swapaxes(-1, -2), with_zero=False)
+    value_codes, value_scales, value_zeros = by_the_formula(values.float().numpy(), with_zero=True)
+    assert value_zeros.min() >= 0 and value_zeros.max() <= 15
+    return Block(np.stack([key_codes.swapaxes(-1, -2), value_codes]), key_scales, key_zeros.astype(np.int8),
+                 value_scales, value_zeros.astype(np.uint8))

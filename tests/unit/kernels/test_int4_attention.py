@@ -102,7 +102,7 @@ def _arguments() -> dict[str, object]:
     tables = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     return {
         "query": torch.zeros(3, 4, 64),
-        "cache": torch.zeros(5, 2, 2, 16 * 64 + 3 * 80, dtype=torch.uint8),
+        "cache": torch.zeros(5, 2, 2, 1256, dtype=torch.uint8),
         "layer": 1,
         "block_tables": tables,
         "query_start_loc": torch.tensor([0, 1, 3], dtype=torch.int32),
@@ -119,9 +119,9 @@ def _arguments() -> dict[str, object]:
         ({"query": torch.zeros(3, 4, 64, dtype=torch.bfloat16)}, TypeError, "query must be torch.float32"),
         ({"query": torch.zeros(3, 3, 64)}, ValueError, "a multiple of 2 KV heads"),
         ({"cache": torch.zeros(5, 2, 2, 2, 16, 64)}, ValueError, "an int4 cache must be"),
-        ({"cache": torch.zeros(5, 2, 2, 1263, dtype=torch.uint8)}, ValueError, r"num_layers, 2, 1264\], got"),
-        ({"cache": torch.zeros(5, 2, 2, 1264, dtype=torch.int8)}, TypeError, "cache must be torch.uint8"),
-        ({"cache": torch.zeros(2, 5, 2, 1264, dtype=torch.uint8).transpose(0, 1)}, ValueError, "cache must be contig"),
+        ({"cache": torch.zeros(5, 2, 2, 1255, dtype=torch.uint8)}, ValueError, r"num_layers, 2, 1256\], got"),
+        ({"cache": torch.zeros(5, 2, 2, 1256, dtype=torch.int8)}, TypeError, "cache must be torch.uint8"),
+        ({"cache": torch.zeros(2, 5, 2, 1256, dtype=torch.uint8).transpose(0, 1)}, ValueError, "cache must be contig"),
         ({"layer": 2}, ValueError, r"layer must be in \[0, 2\)"),
         ({"block_tables": torch.tensor([[0, 1], [5, 3]], dtype=torch.int32)}, ValueError, "^block_tables: sequence 1"),
         ({"kv_lens": torch.tensor([33, 2], dtype=torch.int32)}, ValueError, "kv_lens: sequence 0"),

@@ -37,7 +37,7 @@ def read(block: Tensor, block_size: int, head_dim: int) -> tuple[Tensor, Tensor]
     """K and V, `[num_kv_heads, block_size, head_dim]` float64, of a block's bytes."""
     parts = int4_parts(block, block_size, head_dim)
     keys = (unpack_int4(parts.key_codes).double() - parts.key_zeros.unsqueeze(-2)) * parts.key_scales.unsqueeze(-2)
-    values = unpack_int4(parts.value_codes).double() - parts.value_zeros.unsqueeze(-1)
+    values = unpack_int4(parts.value_codes).double() - unpack_int4(parts.value_zeros).unsqueeze(-1)
     return keys, values * parts.value_scales.unsqueeze(-1)
 
 
@@ -79,12 +79,16 @@ def test_error_is_half_a_step_at_most(dtype: torch.dtype) -> None:
     residual = random_residual(dtype, HEADS, num_blocks=20)
     _, _, found = written(residual)
     parts = int4_parts(found, 16, 24)
-    for got, meant, scale in zip(read(found, 16, 24), residual[:, 1].double().unbind(1),
-                                 (parts.key_scales.unsqueeze(-2), parts.value_scales.unsqueeze(-1)), strict=True):
+    keys, values = residual[:, 1].double().unbind(1)
+    # Each over 15: the second of a channel's is 1/120 of its largest magnitude.
+    ranges = (torch.maximum(keys.amax(-2) - keys.amin(-2), keys.abs().amax(-2) / 8),
+              values.amax(-1).clamp(min=0) - values.amin(-1).clamp(max=0))
+    for got, meant, scale, span, dim in zip(read(found, 16, 24), (keys, values),
+                                            (parts.key_scales, parts.value_scales), ranges, (-2, -1), strict=True):
         # The quotients of float32, of 128 steps at most, err by 2^-24 of themselves.
-        assert ((got - meant).abs() <= scale.double() * (0.5 + 2.0**-16)).all()
-        step = torch.maximum(meant.amax(), -meant.amin())  # and no scale is coarser than it must be
-        assert (scale.double() <= 2 * step / 15 * (1 + 2.0**-7)).all()
+        assert ((got - meant).abs() <= scale.double().unsqueeze(dim) * (0.5 + 2.0**-16)).all()
+        # And no scale is coarser than it must be: the next of bfloat16 is 2^-7 away, and two operations were rounded.
+        assert (scale.double() <= span / 15 * (1 + 2.0**-7) * (1 + 2.0**-22)).all()
 
 
 @pytest.mark.usefixtures("backend")
@@ -103,6 +107,24 @@ def test_zeros_read_as_zeros_and_what_is_not_finite_as_nan() -> None:
     for block in (1, 2, 3):
         assert values[block, 0].isnan().any(1).nonzero().tolist() == [[3]] and values[block, 0, 3].isnan().all()
     assert keys[:, 1].isfinite().all() and values[:, 1].isfinite().all()
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_row_of_values_of_one_sign_has_its_zero_at_an_end_of_the_codes() -> None:
+    residual = torch.randn(1, 2, 2, 1, 16, 8)
+    values = residual[0, 1, 1, 0]
+    values[:] = 0.0
+    values[2], values[3] = torch.arange(46.0, 61.0, 2), -torch.arange(46.0, 61.0, 2)
+    values[5, 2], values[9, 3], values[13] = torch.nan, -torch.inf, torch.inf
+    values[15] = torch.tensor([-15.0, 0, -4, -6, -2, -3, -1, -8])
+    _, _, found = written(residual)
+    parts = int4_parts(found[0, 0], 16, 8)
+    assert parts.value_scales[[2, 3, 15]].tolist() == [4, 4, 1]
+    assert parts.value_scales.isnan().nonzero()[:, 0].tolist() == [5, 9, 13]
+    assert unpack_int4(parts.value_zeros).nonzero()[:, 0].tolist() == [3, 15]
+    assert unpack_int4(parts.value_zeros)[[3, 15]].tolist() == [15, 15]
+    assert not unpack_int4(parts.value_codes)[[0, 1, 5, 9, 13, 14]].any()
+    assert unpack_int4(parts.value_codes)[15].tolist() == [0, 15, 11, 9, 13, 12, 14, 7]
 
 
 @pytest.mark.usefixtures("backend")

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from kvarto.kernels import Mask, quantize_blocks
-from kvarto.kernels.kv_layout import int4_head_bytes, int4_parts
+from kvarto.kernels.kv_layout import int4_head_bytes, int4_parts, unpack_int4
 from kvarto.kernels.triton.available import interpreted
 
 _spec = importlib.util.spec_from_file_location("int4_batch", Path(__file__).with_name("int4_batch.py"))
@@ -85,6 +85,8 @@ def test_what_is_not_finite_reads_as_nan_and_spoils_nothing_else(spoiler: float)
     parts = int4_parts(cache[0, 0, 0], 16, 24)
     assert parts.key_scales.isnan().nonzero().tolist() == [[15]]
     assert parts.value_scales.isnan().nonzero().tolist() == [[3]]
+    assert parts.key_zeros[15] == 0 and unpack_int4(parts.value_zeros)[3] == 0
+    assert not unpack_int4(parts.key_codes)[:, 15].any() and not unpack_int4(parts.value_codes)[3].any()
 
 
 def test_what_names_a_block_outside_its_cache_is_dropped() -> None:
