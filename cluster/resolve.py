@@ -77,7 +77,8 @@ class Resolved:
             kv_cache_dtype=self.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
             tp_size=config.tensor_parallel_size, num_groups=config.num_worker_groups, kv_sparsity=config.sparsity)
         scheduler = Scheduler(
-            space, SchedulerLimits(config.max_num_seqs, self.max_num_batched_tokens), epoch=epoch,
+            space, SchedulerLimits(config.max_num_seqs, self.max_num_batched_tokens,
+                                   config.mixed_prefill_tokens(self.device)), epoch=epoch,
             eos_token_ids=frozenset(self.model.eos_token_ids), num_ranks=len(ranks),
             preemption_mode=config.preemption_mode, victim_policy=config.victim_policy,
             watermark_policy=config.watermark_policy, costs=costs(ranks))

@@ -17,6 +17,9 @@ Positive = Annotated[int, Field(gt=0)]
 MAX_NUM_BATCHED_TOKENS = {"cuda": 2048, "cpu": 256}
 """A processor's matrix products are as fast per token with 256 rows as with thousands, and who decodes waits less."""
 
+MAX_NUM_MIXED_PREFILL_TOKENS: dict[str, int | None] = {"cuda": None, "cpu": 128}
+"""On a processor a step takes as long as it has tokens."""
+
 API_KEY_VARIABLE = "KVARTO_API_KEY"
 
 
@@ -83,6 +86,9 @@ class EngineConfig(BaseModel):
     max_num_batched_tokens: Positive | None = Field(
         None, description="Most tokens in one step: longer prompts are prefilled in chunks of it, while others decode; "
                           "default: 2048 on a GPU, 256 on a processor, which computes no faster with more.")
+    max_num_mixed_prefill_tokens: Positive | None = Field(
+        None, description="Most tokens of prompts in a step in which sequences decode, which wait for it; default: no "
+                          "limit of their own on a GPU, 128 on a processor.")
     async_scheduling: bool = Field(True, description="Plan step t+1 before the result of step t is back.")
     seed: int = Field(0, description="From which requests without a seed of their own draw theirs.")
     cpus_per_rank: Annotated[float, Field(gt=0)] | None = Field(
@@ -155,6 +161,10 @@ class EngineConfig(BaseModel):
         """`max_num_batched_tokens`, or its default on "cpu" or "cuda"."""
         return self.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[device]
 
+    def mixed_prefill_tokens(self, device: str) -> int | None:
+        """`max_num_mixed_prefill_tokens`, or its default on "cpu" or "cuda"."""
+        return self.max_num_mixed_prefill_tokens or MAX_NUM_MIXED_PREFILL_TOKENS[device]
+
     @property
     def on_ray(self) -> bool:
         """Whether the ranks are Ray actors, by `executor`; otherwise they are in the caller's process."""
@@ -185,9 +195,10 @@ class EngineConfig(BaseModel):
         if self.kv_cache_dtype == "int4":
             raise ValueError(f"kv_sparsity={policy!r} and kv_cache_dtype='int4' do not go together: int4 has one scale "
                              "per channel of a block, whose rows must stay together; use int8 or fp8")
-        if policy == "snapkv" and (self.max_num_batched_tokens or OBSERVATION_WINDOW) < OBSERVATION_WINDOW:
-            raise ValueError(f"kv_sparsity='snapkv' computes the last {OBSERVATION_WINDOW} tokens of a prompt in one "
-                             f"step: max_num_batched_tokens must be at least {OBSERVATION_WINDOW}")
+        for key in ("max_num_batched_tokens", "max_num_mixed_prefill_tokens"):
+            if policy == "snapkv" and (getattr(self, key) or OBSERVATION_WINDOW) < OBSERVATION_WINDOW:
+                raise ValueError(f"kv_sparsity='snapkv' computes the last {OBSERVATION_WINDOW} tokens of a prompt in "
+                                 f"one step: {key} must be at least {OBSERVATION_WINDOW}")
 
     @property
     def sparsity(self) -> KVSparsity | None:

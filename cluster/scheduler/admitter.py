@@ -51,6 +51,9 @@ class Admitter:
         if group.status is Status.SWAPPED and group.swapped_step_id == self._space.moves.step_id:
             return False
         advancer = self._advancer
+        # No victim would help: what it has of the budget is for decodes.
+        if group.status is not Status.SWAPPED and advancer.prefill_budget <= 0:
+            return False
         while True:
             if self._has_seats(group) and advancer.has_budget:
                 match = self._find(group)

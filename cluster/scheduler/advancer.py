@@ -17,9 +17,11 @@ class Advancer:
         self._preemptor = preemptor
         self.start_walk(0, 0)
 
-    def start_walk(self, budget: int, num_seats: int) -> None:
-        """`num_seats`: sequences of the running groups. Each has a token of the budget kept for it until its turn."""
+    def start_walk(self, budget: int, num_seats: int, prefill_budget: int | None = None) -> None:
+        """`num_seats`: sequences of the running groups. Each has a token of the budget kept for it until its turn.
+        `prefill_budget`: most of the budget that goes to prompts; default: all of it."""
         self.budget = budget
+        self.prefill_budget = budget if prefill_budget is None else prefill_budget
         self.reserved = num_seats
         self.took_blocks = False
         """A group was preempted."""
@@ -30,12 +32,13 @@ class Advancer:
 
     @property
     def num_left(self) -> int:
-        """Tokens of the budget beside those kept for running sequences."""
-        return self.budget - self.reserved
+        """Tokens of the budget that a prompt may have, beside those kept for running sequences."""
+        return min(self.budget - self.reserved, self.prefill_budget)
 
     @property
     def has_budget(self) -> bool:
-        return self.num_left > 0
+        """Whether tokens are left beside those kept for running sequences, if only for one that decodes."""
+        return self.budget > self.reserved
 
     def displace(self, victim: SequenceGroup) -> None:
         """Preempt a group whose turn has not come."""
@@ -67,16 +70,18 @@ class Advancer:
         """Sequences that share blocks are drafted together, so that none of them is taken for a victim half-way."""
         self.reserved -= group.num_seats
         wanted: list[tuple[Sequence, int]] = []
-        budget = self.num_left
+        budget, prefill_budget = self.budget - self.reserved, self.prefill_budget
         for sequence in group.live:
             self._release_behind_windows(sequence, busy_until=sequence.last_step_id)
             if not sequence.has_begun and (group.is_forked or sequence is not group.live[0]):
                 continue
-            most = min(sequence.num_uncomputed_tokens, budget)
+            is_prefill = sequence.num_uncomputed_tokens > 1
+            most = min(sequence.num_uncomputed_tokens, budget, prefill_budget if is_prefill else budget)
             num_tokens = self.chunk(sequence, sequence.num_computed_tokens, most)
             if num_tokens > 0:
                 wanted.append((sequence, num_tokens))
                 budget -= num_tokens
+                prefill_budget -= num_tokens * is_prefill
         need = self._need([(sequence, sequence.num_computed_tokens + num_tokens) for sequence, num_tokens in wanted])
         if wanted and not self._make_room(group, need):
             return
@@ -131,6 +136,7 @@ class Advancer:
                 return
             new, copied = space.grow(blocks, num_rows)
         reaches_end = target == sequence.num_tokens
+        self.prefill_budget -= num_tokens * (sequence.num_uncomputed_tokens > 1)
         self._draft.compute(sequence, num_tokens, new, copied)
         self.budget -= num_tokens
         if num_tokens > 1:

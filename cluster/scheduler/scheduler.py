@@ -30,6 +30,8 @@ from .sequence import Sequence, SequenceGroup, Status
 class SchedulerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_mixed_prefill_tokens: int | None = None
+    """Most tokens of prompts in a step in which sequences decode; None: no limit of their own."""
 
 
 class Scheduler:
@@ -47,7 +49,7 @@ class Scheduler:
         self.space = space
         self.epoch = epoch
         self._eos_token_ids = eos_token_ids
-        self._max_num_batched_tokens = limits.max_num_batched_tokens
+        self._limits = limits
         self._queues = Queues()
         self._draft = PlanDraft(space, epoch)
         self.preemptor = Preemptor(
@@ -159,7 +161,7 @@ class Scheduler:
 
     def _walk(self) -> None:
         advancer, queues = self._advancer, self._queues
-        advancer.start_walk(self._max_num_batched_tokens, queues.num_seats)
+        advancer.start_walk(self._limits.max_num_batched_tokens, queues.num_seats, self._prefill_budget())
         waiting = queues.next_waiting()
         for group in list(queues.running):
             if waiting is not None and waiting.key[0] < group.key[0]:
@@ -171,6 +173,14 @@ class Scheduler:
         # Blocks just taken from a group must not bring it, or another, straight back in.
         if not advancer.took_blocks:
             self.admitter.admit(None)
+
+    def _prefill_budget(self) -> int | None:
+        """Who decodes waits for the whole step: with long chunks of prompts in it, for long."""
+        most = self._limits.max_num_mixed_prefill_tokens
+        if most is None or not any(sequence.has_begun and sequence.num_uncomputed_tokens <= 1
+                                   for group in self._queues.running for sequence in group.live):
+            return None
+        return most
 
     def _new_sequence(self, group: SequenceGroup, index: int, token_ids: list[int]) -> Sequence:
         seq_id = self._next_seq_id

@@ -20,7 +20,7 @@ def make_scheduler(config, stored_keys, orphaned_keys):
         disk_capacity=config["disk_capacity"], stored_keys=stored_keys, orphaned_keys=orphaned_keys,
         sparsity=config["sparsity"])
     scheduler = Scheduler(
-        space, SchedulerLimits(config["max_num_seqs"], config["budget"]), epoch=7,
+        space, SchedulerLimits(config["max_num_seqs"], config["budget"], config["mixed"]), epoch=7,
         eos_token_ids=frozenset({config["eos"]}), num_ranks=2, preemption_mode=config["mode"],
         victim_policy=config["victim"], watermark_policy=config["watermark"], costs=config["costs"])
     return space, scheduler
@@ -67,6 +67,13 @@ def enough_blocks(group, config, num_seqs):
     if group.window is None:
         return 10**9
     return num_seqs * (-(-group.window // size) + -(-group.num_sinks // size) + 2) + -(-config["budget"] // size)
+
+
+def most_prefill_tokens(scheduler, config):
+    """Of the next plan: there is a limit where a running sequence decodes, or waits for a result."""
+    decodes = any(sequence.has_begun and sequence.num_uncomputed_tokens <= 1 for group in scheduler.groups
+                  if group.status.value == "running" for sequence in group.live)
+    return config["mixed"] if decodes and config["mixed"] else config["budget"]
 
 
 def num_used(space):

@@ -37,7 +37,7 @@ class World:
     a sequence reads."""
 
     def __init__(self, num_blocks=100, budget=64, max_num_seqs=8, *, num_host_blocks=0, caching=False, space=None,
-                 kv_groups=None, **options):
+                 kv_groups=None, mixed=None, **options):
         space, kv_groups = space or {}, kv_groups or [KVGroupSpec(layer_ids=(0,))]
         num_blocks, num_host_blocks = (
             count if isinstance(count, list) else [count] * len(kv_groups) for count in (num_blocks, num_host_blocks))
@@ -45,8 +45,8 @@ class World:
             kv_groups, num_blocks, BLOCK_SIZE, num_host_blocks=num_host_blocks,
             enable_prefix_caching=caching, hash_key=b"k" * 16, **space)
         self.scheduler = Scheduler(
-            self.space, SchedulerLimits(max_num_seqs, budget), epoch=1, eos_token_ids=frozenset({EOS}), num_ranks=2,
-            **options)
+            self.space, SchedulerLimits(max_num_seqs, budget, mixed), epoch=1, eos_token_ids=frozenset({EOS}),
+            num_ranks=2, **options)
         self.rank = memory_model.MemoryModelRank(
             BLOCK_SIZE, num_blocks, num_host_blocks, kv_groups=kv_groups, disk_capacity=space.get("disk_capacity", 0),
             eos_token_ids=(EOS,), sparsity=space.get("sparsity"))

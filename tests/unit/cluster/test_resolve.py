@@ -124,6 +124,9 @@ def test_frontends_are_told_how_many_sequences_a_step_really_holds():
                                                             ("cuda", True, 2048)])
 def test_steps_are_short_on_a_processor(device, has_cuda, tokens):
     assert resolved(device=device, has_cuda=has_cuda).rank_config(0, 1).max_num_batched_tokens == tokens
+    config = resolved(device=device, has_cuda=has_cuda).config
+    assert config.mixed_prefill_tokens("cpu") == 128
+    assert config.mixed_prefill_tokens("cuda") is None
     given = resolved(device=device, has_cuda=has_cuda, max_num_batched_tokens=77)
     assert given.rank_config(0, 1).max_num_batched_tokens == 77
 

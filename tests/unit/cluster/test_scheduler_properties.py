@@ -64,6 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         block_size=st.sampled_from([8, 16]), num_blocks=st.sampled_from([4, 6, 8, 5, 10, 12, 14, 24, 3, 2]),
         num_host_blocks=st.sampled_from([4, 0, 10, 2, 6, 1, 3]), budget=st.integers(4, 40),
+        mixed=st.sampled_from([None, 4, 7, 16]),
         max_num_seqs=st.integers(1, 8), depth=st.integers(1, 2), caching=st.sampled_from([True, False, True]),
         disk_capacity=st.sampled_from([3, 0, 12]), eviction=st.sampled_from(["lru", "retention"]),
         mode=st.sampled_from(["auto", "swap", "recompute"]), victim=st.sampled_from(["latest", "least_computed"]),
@@ -172,11 +173,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def schedule(self):
         self.is_whole = False
+        most_prefill_tokens = world.most_prefill_tokens(self.scheduler, self.config)
         plan = self.scheduler.schedule()
         if plan is None:
             return
         plan = msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=StepPlan)
         assert sum(step.num_tokens for step in plan.steps) <= self.config["budget"]
+        assert sum(step.num_tokens for step in plan.steps if step.num_tokens > 1) <= most_prefill_tokens
         assert len(plan.steps) + len(plan.siblings) <= self.config["max_num_seqs"]
         flight = PlanInFlight(plan, self.held)
         assert flight.most_held <= 2 * self.config["max_num_seqs"], "more sequences than the ranks have rows for"

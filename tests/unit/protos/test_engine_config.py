@@ -19,7 +19,8 @@ def message(cls=EngineConfig, **values):
 
 @pytest.mark.parametrize("key", [
     "tensor_parallel_size", "num_worker_groups", "max_model_len", "num_blocks", "kv_cache_memory_bytes",
-    "kv_disk_bytes", "max_num_seqs", "max_num_batched_tokens", "threads_per_rank", "cpus_per_rank",
+    "kv_disk_bytes", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_prefill_tokens",
+    "threads_per_rank", "cpus_per_rank",
     "placement_timeout_s", "step_timeout_s"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_number_that_must_be_positive_is_refused_by_name(key, value):
@@ -190,6 +191,8 @@ def test_what_does_not_go_with_sparsity_is_refused_by_name(values):
 def test_a_step_that_cannot_hold_the_queries_that_score_a_prompt_is_refused():
     assert "max_num_batched_tokens must be at least 32" in message(
         **SPARSE | {"kv_sparsity": "snapkv"}, max_num_batched_tokens=31)
+    assert "max_num_mixed_prefill_tokens must be at least 32" in message(
+        **SPARSE | {"kv_sparsity": "snapkv"}, max_num_mixed_prefill_tokens=31)
 
 
 @pytest.fixture
