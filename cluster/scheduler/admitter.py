@@ -51,15 +51,15 @@ class Admitter:
         if group.status is Status.SWAPPED and group.swapped_step_id == self._space.moves.step_id:
             return False
         advancer = self._advancer
-        # No victim would help: what it has of the budget is for decodes.
-        if group.status is not Status.SWAPPED and advancer.prefill_budget <= 0:
-            return False
         while True:
             if self._has_seats(group) and advancer.has_budget:
                 match = self._find(group)
                 if match is None:
                     return True
-                if self._has_chunk(group, match):
+                has_chunk = self._has_chunk(group, match)
+                if not has_chunk and advancer.withholds:
+                    return False
+                if has_chunk:
                     need = self._need(group, match)
                     if not advancer.waits_for_blocks and self._space.answer(need) is Answer.OK:
                         self._start(group, match)
@@ -97,7 +97,7 @@ class Admitter:
     def _has_chunk(self, group: SequenceGroup, match: Match) -> bool:
         """Whether what is left of the budget holds the tokens that a group begins with, which may have to be computed
         together: what begins is named by the plan that brings its blocks."""
-        if group.status is Status.SWAPPED or self._space.sparsity is None:
+        if group.status is Status.SWAPPED:
             return True
         leader, num_cached = group.live[0], len(match) * self._space.block_size
         most = min(leader.num_tokens - num_cached, self._advancer.num_left)

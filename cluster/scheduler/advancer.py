@@ -40,6 +40,11 @@ class Advancer:
         """Whether tokens are left beside those kept for running sequences, if only for one that decodes."""
         return self.budget > self.reserved
 
+    @property
+    def withholds(self) -> bool:
+        """Whether tokens are left that prompts may not have: no victim would bring them more."""
+        return self.prefill_budget < self.budget - self.reserved
+
     def displace(self, victim: SequenceGroup) -> None:
         """Preempt a group whose turn has not come."""
         self.took_blocks = True

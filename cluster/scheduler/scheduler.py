@@ -177,7 +177,7 @@ class Scheduler:
     def _prefill_budget(self) -> int | None:
         """Who decodes waits for the whole step: with long chunks of prompts in it, for long."""
         most = self._limits.max_num_mixed_prefill_tokens
-        if most is None or not any(sequence.has_begun and sequence.num_uncomputed_tokens <= 1
+        if most is None or not any(sequence.has_begun and sequence.num_uncomputed_tokens == 1
                                    for group in self._queues.running for sequence in group.live):
             return None
         return most

@@ -3,8 +3,8 @@
     .venv/bin/python tests/mutations/run_mutations.py [NAME ...] [--seed N] [--list]
 
 Each mutant is one textual change in a copy of the package. TESTS run on the copy and have to fail: single cases of KV
-sparsity, then the state machine. Exit status 1: a mutant survived, its text is not in the code any more, or the tests
-fail without any change.
+sparsity and of prefill beside decodes, then the state machine. Exit status 1: a mutant survived, its text is not in the
+code any more, or the tests fail without any change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("tests/unit/cluster/test_scheduler_sparsity.py", "tests/unit/cluster/test_scheduler_properties.py")
+TESTS = ("tests/unit/cluster/test_scheduler_sparsity.py", "tests/unit/cluster/test_scheduler_mixed.py",
+         "tests/unit/cluster/test_scheduler_properties.py")
 """The state machine, and before it single cases that it meets too rarely."""
 LEFT_OUT = (".venv", ".git", ".hypothesis", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "build")
 TIMEOUT_S = 600.0
@@ -47,6 +48,14 @@ SCHEDULER, ADMITTER, ADVANCER, RESULTS, LOADS = (
 DRAFT = "cluster/scheduler/plan_draft.py"
 
 MUTANTS = [
+    Mutant("prefill is not held back while sequences decode", SCHEDULER,
+           "        return most\n", "        return None\n"),
+    Mutant("samples that decode have what is left for prompts", ADVANCER,
+           "budget, prefill_budget if is_prefill else budget)", "budget, prefill_budget)"),
+    Mutant("what prompts have is not counted", ADVANCER,
+           "self.prefill_budget -= num_tokens * (sequence.num_uncomputed_tokens > 1)", "pass"),
+    Mutant("who decodes is preempted for tokens withheld for its sake", ADMITTER,
+           "if not has_chunk and advancer.withholds:", "if False:"),
     Mutant("fork does not count its references", SPACE,
            "                if entry > 0:\n                    device.take(entry)\n                elif entry < 0:\n",
            "                if entry < 0:\n"),

@@ -70,8 +70,8 @@ def enough_blocks(group, config, num_seqs):
 
 
 def most_prefill_tokens(scheduler, config):
-    """Of the next plan: there is a limit where a running sequence decodes, or waits for a result."""
-    decodes = any(sequence.has_begun and sequence.num_uncomputed_tokens <= 1 for group in scheduler.groups
+    """Of the next plan: there is a limit where a running sequence decodes."""
+    decodes = any(sequence.has_begun and sequence.num_uncomputed_tokens == 1 for group in scheduler.groups
                   if group.status.value == "running" for sequence in group.live)
     return config["mixed"] if decodes and config["mixed"] else config["budget"]
 

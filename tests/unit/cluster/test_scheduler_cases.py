@@ -48,43 +48,6 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
     assert [world.step() for _ in range(3)] == [[("a", 8)], [("a", 8)], [("a", 4)]]
 
 
-def test_prompts_have_little_of_a_step_in_which_others_decode():
-    world = World(budget=32, mixed=8)
-    world.add("old", length=40)
-    assert world.step() == [("old", 32)]
-    world.add("a", length=12)
-    world.add("b", length=30)
-    # No sequence decodes yet.
-    assert world.step() == [("old", 8), ("a", 12), ("b", 12)]
-    assert world.step() == [("old", 1), ("a", 1), ("b", 8)]
-    assert world.step() == [("old", 1), ("a", 1), ("b", 8)]
-    world.add("c", length=20)
-    assert world.step() == [("old", 1), ("a", 1), ("b", 2), ("c", 6)]
-    world.cancel("old")
-    world.cancel("a")
-    world.cancel("b")
-    assert world.step() == [("c", 14)]
-
-
-def test_all_samples_decode_beside_prompts():
-    world = World(budget=32, mixed=2)
-    world.add("old", n=3)
-    world.step()
-    world.add("new", length=9)
-    assert world.step() == [("old", 1), ("old", 1), ("old", 1), ("new", 2)]
-
-
-def test_who_decoded_before_is_swapped_in_though_prompts_have_all_that_is_theirs():
-    world = World(num_blocks=100, budget=32, mixed=4, num_host_blocks=20, preemption_mode="swap")
-    world.add("first")
-    world.add("swapped")
-    world.step()
-    world.preempt("swapped")
-    world.add("long", length=30, priority=-1)
-    assert world.step() == [("long", 4), ("first", 1)]
-    assert ("swapped", 1) in world.step()
-
-
 def test_a_group_waits_until_all_of_its_sequences_have_seats():
     world = World(max_num_seqs=3)
     world.add("a", n=2)
