@@ -71,6 +71,8 @@ class InlineWorkerGroup:
         self._plan = None
         if self._threads is not None:
             self._threads.shutdown()
+        # Whoever closed us may be kept alive by a cycle for long; the pools, gigabytes, are not to be.
+        self._ranks = ()
 
     def _execute(self, plan: StepPlan) -> list[StepResult]:
         if self._threads is None:
