@@ -69,11 +69,18 @@ def enough_blocks(group, config, num_seqs):
     return num_seqs * (-(-group.window // size) + -(-group.num_sinks // size) + 2) + -(-config["budget"] // size)
 
 
-def most_prefill_tokens(scheduler, config):
-    """Of the next plan: there is a limit where a running sequence decodes."""
-    decodes = any(sequence.has_begun and sequence.num_uncomputed_tokens == 1 for group in scheduler.groups
-                  if group.status.value == "running" for sequence in group.live)
-    return config["mixed"] if decodes and config["mixed"] else config["budget"]
+def decoding(scheduler):
+    """Ids of the running sequences that want one token."""
+    return {sequence.seq_id for group in scheduler.groups if group.status.value == "running"
+            for sequence in group.live if sequence.has_begun and sequence.num_uncomputed_tokens == 1}
+
+
+def check_mixed(plan, decoding, config):
+    """Who decodes has little prefill beside it. A plan may be made without those who were to decode: when they gave their
+    blocks up."""
+    started = {start.seq_id for start in plan.starts}
+    if config["mixed"] and any(step.seq_id in decoding - started and step.num_tokens == 1 for step in plan.steps):
+        assert sum(step.num_tokens for step in plan.steps if step.num_tokens > 1) <= config["mixed"]
 
 
 def num_used(space):

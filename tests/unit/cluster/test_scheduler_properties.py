@@ -173,13 +173,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def schedule(self):
         self.is_whole = False
-        most_prefill_tokens = world.most_prefill_tokens(self.scheduler, self.config)
+        decoding = world.decoding(self.scheduler)
         plan = self.scheduler.schedule()
         if plan is None:
             return
         plan = msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=StepPlan)
         assert sum(step.num_tokens for step in plan.steps) <= self.config["budget"]
-        assert sum(step.num_tokens for step in plan.steps if step.num_tokens > 1) <= most_prefill_tokens
+        world.check_mixed(plan, decoding, self.config)
         assert len(plan.steps) + len(plan.siblings) <= self.config["max_num_seqs"]
         flight = PlanInFlight(plan, self.held)
         assert flight.most_held <= 2 * self.config["max_num_seqs"], "more sequences than the ranks have rows for"
