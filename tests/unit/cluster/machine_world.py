@@ -76,8 +76,7 @@ def decoding(scheduler):
 
 
 def check_mixed(plan, decoding, config):
-    """Who decodes has little prefill beside it. A plan may be made without those who were to decode: when they gave their
-    blocks up."""
+    """Who decodes has little prefill beside it. Those who were to decode may be missing: they gave their blocks up."""
     started = {start.seq_id for start in plan.starts}
     if config["mixed"] and any(step.seq_id in decoding - started and step.num_tokens == 1 for step in plan.steps):
         assert sum(step.num_tokens for step in plan.steps if step.num_tokens > 1) <= config["mixed"]
