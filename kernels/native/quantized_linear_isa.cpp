@@ -38,7 +38,7 @@ struct Int4Codes {
 // products[R][PANEL] += four codes of each of R rows, `stride` bytes apart, times four columns.
 template <int R>
 KVARTO_INLINE void add_four(const int8_t* x, int64_t stride, const Bytes* columns, Ints (*products)[VECTORS]) {
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const Bytes four = pinned(set1_four(x + r * stride));
     for (int n = 0; n < VECTORS; ++n) products[r][n] = add_products(columns[n], four, products[r][n]);
@@ -70,7 +70,7 @@ KVARTO_INLINE void multiply_rows(const RowCodes& x, int64_t m, int64_t begin, in
       const f16* column_scales = (const f16*)(weight + Codes::SCALES) + n * WIDTH;
       const Vec column_scale = load(column_scales);
       [[maybe_unused]] const Vec column_min = Codes::HAS_MINS ? load(column_scales + PANEL) : zero();
-#pragma GCC unroll 12
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const GroupScale of_row = scales[r * x.num_groups];
         float* sum = sums + r * PANEL + n * WIDTH;
