@@ -36,7 +36,7 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
     sight.places(first, shape.rows, scratch.seen);
     for (int64_t head = 0; head < shape.heads; ++head) {
       const TileRows<T> keys = rows.keys<T>(places, head);
-      const int64_t row = head * shape.rows, element = row * shape.padded_dim * COLUMN<Query>;
+      const int64_t row = head * shape.rows;
       float* scores = scratch.weights + row * TILE;
       if (wide_keys) {
         const auto widened = widen<T>(held, shape, scratch.wide, ahead, [&](int64_t j, float* key) {
@@ -46,7 +46,8 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
         });
         score(scratch.query + row * shape.padded_dim, widened, scratch.seen, shape, scores, nullptr, nullptr);
       } else {
-        score((const Query*)scratch.query + element, keys, scratch.seen, shape, scores, scratch.wide, ahead);
+        const Query* query = query_row((const Query*)scratch.query, shape, row);
+        score(query, keys, scratch.seen, shape, scores, scratch.wide, ahead);
       }
     }
     for (int64_t head = 0; head < shape.heads; ++head) {
