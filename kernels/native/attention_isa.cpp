@@ -26,7 +26,7 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
   // Many query rows pay for laying out K and V once; and a last partial vector must not be read from the cache.
   const bool wide = !few_rows(shape) || shape.dim % WIDTH != 0;
   const bool wide_keys = turned || (wide && sizeof(Query) == sizeof(float));
-  const int64_t head_bytes = 2 * TILE * shape.dim * (int64_t)sizeof(T);  // of a tile
+  const int64_t row_bytes = 2 * TILE * shape.dim * (int64_t)sizeof(T) / shape.rows;  // of a tile, for each query row
   RowScales scales;
   const Bend bend(call, QUANTIZED<T> ? &scales : nullptr);
   for (int64_t first = all.begin / TILE * TILE; first < all.end; first += TILE) {
@@ -56,7 +56,7 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
         const Span seen = scratch.seen[r];
         if (!seen.empty())
           softmax_step<Weight>(scratch.weights + row * TILE, seen, bend, shape, records + row * shape.record);
-        if (ahead) ahead->use_scores(head_bytes / shape.rows);
+        if (ahead) ahead->use_scores(row_bytes);
       }
     }
     for (int64_t head = 0; head < shape.heads; ++head) {

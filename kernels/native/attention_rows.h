@@ -71,8 +71,8 @@ struct Sight {
 
   // Of the tile of KV rows at `first`, the places that each query row of a KV head sees.
   void places(int64_t first, int64_t rows, Span* seen) const {
-    for (int64_t r = 0; r < rows;) {
-      const Span all = of_query(r / group);
+    for (int64_t query = 0, r = 0; r < rows; ++query) {
+      const Span all = of_query(query);
       const Span inside = {smaller(larger(all.begin - first, 0), TILE), smaller(larger(all.end - first, 0), TILE)};
       for (const int64_t end = r + group; r < end; ++r) seen[r] = inside;
     }
