@@ -60,7 +60,7 @@ KVARTO_INLINE void score_four(const float* query, const T* keys, int64_t stride,
 template <class T>
 static void score(const float* query, const TileRows<T>& keys, const Span* seen, const Shape& shape, float* scores,
                   float*, Ahead* ahead) {
-  each_few(shape.rows, [&](auto count, int64_t r) {
+  each_few(shape.rows, [&](auto count, int64_t r) __attribute__((always_inline)) {
     constexpr int Q = decltype(count)::value;
     for (int64_t j = seen[r].begin / 4 * 4; j < seen[r + Q - 1].end; j += 4) {
       score_four<Q>(query + r * shape.padded_dim, keys[j], keys.stride, shape.padded_dim, shape.dim,
