@@ -130,7 +130,7 @@ namespace kvarto {
 // counted from row 0 of the sequence; before them the sinks behind the window, as a chunk of their own, and after them
 // what is read from the residual, as another. A query's arithmetic therefore depends on nothing but the rows it sees.
 constexpr int64_t CHUNK = 512;
-constexpr int64_t TILE = 32;
+constexpr int64_t TILE = 64;
 // The least block_size: as many rows, counted from row 0, lie one behind another in one block.
 constexpr int64_t RUN = 8;
 constexpr int64_t MAX_HEAD_DIM = 256;

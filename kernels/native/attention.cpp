@@ -9,7 +9,7 @@
 namespace kvarto {
 namespace {
 
-constexpr int64_t TARGET_ROWS = 48;  // query rows of a tile: they share each load of K and V
+constexpr int64_t TARGET_ROWS = 96;  // query rows of a tile: they share each load of K and V
 
 // As SERIAL_WORK, of work that waits for memory: its rows are not in a cache.
 constexpr int64_t SERIAL_ATTENTION = 1 << 16;

@@ -113,9 +113,10 @@ class Ahead {
     at_ = rows_.key(row_) + inside;
     stop_ = at_ + strip_bytes_;
     if (rows_.scaled && rows_.block_size > TILE) {
+      constexpr int64_t scale_bytes = TILE * sizeof(float);
       const char* scales = rows_.key_scale(row_) + inside;
-      prefetch(scales), prefetch(scales + 64);
-      owed_ -= TILE * (int64_t)sizeof(float);
+      for (int64_t line = 0; line < scale_bytes; line += 64) prefetch(scales + line);
+      owed_ -= scale_bytes;
     }
     if (++strip_ < strips_) return;
     strip_ = 0;

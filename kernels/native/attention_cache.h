@@ -21,6 +21,7 @@ struct Span {
 // K or V rows of a tile, of one KV head.
 template <class T>
 struct TileRows {
+  using Element = T;
   const T* runs[TILE / RUN];
   int64_t stride;
 

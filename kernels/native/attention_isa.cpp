@@ -14,19 +14,6 @@
 namespace kvarto {
 namespace KVARTO_ISA {
 
-// A tile as floats; widen_row(place, row) widens each of the rows that are held.
-template <class T, class WidenRow>
-KVARTO_INLINE TileRows<float> widen(Span held, const Shape& shape, float* wide, Ahead* ahead, WidenRow widen_row) {
-  for (int64_t j = held.begin; j < held.end; ++j) {
-    widen_row(j, wide + j * shape.padded_dim);
-    if (ahead) ahead->use(shape.dim * (int64_t)sizeof(T));
-  }
-  TileRows<float> rows;
-  for (int64_t i = 0; i < TILE / RUN; ++i) rows.runs[i] = wide + i * RUN * shape.padded_dim;
-  rows.stride = shape.padded_dim;
-  return rows;
-}
-
 // The KV rows of the sinks or of one chunk, into the records. Of each tile, all KV heads go through one phase after
 // another: that is nearly the order in which the rows lie, and one head's softmax waits for no other.
 template <class T>
@@ -36,10 +23,10 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
   using Weight = typename Weights<T>::type;
   const Span all = {sight(0).begin, sight(shape.rows - 1).end};
   const bool turned = sight.far && call.cos;
-  // Many query rows pay for widening K and V once; and a last partial vector must not be read from the cache.
+  // Many query rows pay for laying out K and V once; and a last partial vector must not be read from the cache.
   const bool wide = !few_rows(shape) || shape.dim % WIDTH != 0;
   const bool wide_keys = turned || (wide && sizeof(Query) == sizeof(float));
-  const int64_t head_bytes = 2 * TILE * shape.dim * (int64_t)sizeof(T);  // of a tile
+  const int64_t row_bytes = 2 * TILE * shape.dim * (int64_t)sizeof(T) / shape.rows;  // of a tile, for each query row
   RowScales scales;
   const Bend bend(call, QUANTIZED<T> ? &scales : nullptr);
   for (int64_t first = all.begin / TILE * TILE; first < all.end; first += TILE) {
@@ -49,7 +36,7 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
     sight.places(first, shape.rows, scratch.seen);
     for (int64_t head = 0; head < shape.heads; ++head) {
       const TileRows<T> keys = rows.keys<T>(places, head);
-      const int64_t row = head * shape.rows, element = row * shape.padded_dim * COLUMN<Query>;
+      const int64_t row = head * shape.rows;
       float* scores = scratch.weights + row * TILE;
       if (wide_keys) {
         const auto widened = widen<T>(held, shape, scratch.wide, ahead, [&](int64_t j, float* key) {
@@ -59,7 +46,8 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
         });
         score(scratch.query + row * shape.padded_dim, widened, scratch.seen, shape, scores, nullptr, nullptr);
       } else {
-        score((const Query*)scratch.query + element, keys, scratch.seen, shape, scores, scratch.wide, ahead);
+        const Query* query = query_row((const Query*)scratch.query, shape, row);
+        score(query, keys, scratch.seen, shape, scores, scratch.wide, ahead);
       }
     }
     for (int64_t head = 0; head < shape.heads; ++head) {
@@ -68,7 +56,7 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
         const Span seen = scratch.seen[r];
         if (!seen.empty())
           softmax_step<Weight>(scratch.weights + row * TILE, seen, bend, shape, records + row * shape.record);
-        if (ahead) ahead->use_scores(head_bytes / shape.rows);
+        if (ahead) ahead->use_scores(row_bytes);
       }
     }
     for (int64_t head = 0; head < shape.heads; ++head) {
@@ -76,14 +64,10 @@ static void attend_piece(const KvartoAttention& call, const Sight& sight, const 
       const int64_t row = head * shape.rows;
       const float* weights = scratch.weights + row * TILE;
       float* sums = records + row * shape.record;
-      if (wide && !Weights<T>::PAIRED) {
-        const auto widened = widen<T>(held, shape, scratch.wide, ahead, [&](int64_t j, float* value) {
-          widen_value(values[j], shape.dim, value);
-        });
-        add_values(weights, widened, scratch.seen, shape, sums, nullptr);
-      } else {
+      if (wide)
+        add_values(weights, lay_out(values, held, shape, scratch.wide, ahead), scratch.seen, shape, sums, nullptr);
+      else
         add_values(weights, values, scratch.seen, shape, sums, ahead);
-      }
     }
   }
 }

@@ -74,6 +74,71 @@ static void accumulate(const bf16* weights, const TileRows<bf16>& values, Span r
       return load_some_pairs(p, left);
     }, sums, record, ahead);
 }
+
+// Pairs of rows of a tile, zipped once since many query rows take them. One that goes alone takes rows as they lie in the
+// cache: it may see half of a pair.
+struct PairsLaidOut {
+  using Element = bf16;
+  TileRows<bf16> rows;
+  int64_t padded_dim;
+  bf16* pairs;
+
+  bf16* pair(int64_t j) const { return pairs + j * padded_dim; }
+
+  void lay_out(Span held, int64_t dim, Ahead* ahead) const {
+    for (int64_t j = held.begin & -2; j < held.end;) {
+      const int64_t run_end = smaller(held.end, (j / RUN + 1) * RUN);
+      const bf16* row = rows[j];
+      for (bf16* out = pair(j); j < run_end; j += 2, row += 2 * rows.stride, out += 2 * padded_dim) {
+        int64_t d = 0;
+        for (; d + 2 * WIDTH <= dim; d += 2 * WIDTH)
+          zip_columns(load_pairs(row + d), load_pairs(row + rows.stride + d), out + 2 * d);
+        if (const int64_t left = dim - d)
+          zip_columns(load_some_pairs(row + d, left), load_some_pairs(row + rows.stride + d, left), out + 2 * d);
+      }
+      if (ahead) ahead->use(RUN * dim * (int64_t)sizeof(bf16));
+    }
+  }
+
+ private:
+  static KVARTO_MEMBER void zip_columns(Pairs even, Pairs odd, bf16* out) {
+    Pairs low, high;
+    zip(even, odd, low, high);
+    store(out, low), store(out + 2 * WIDTH, high);
+  }
+};
+
+// The same of columns d .. d + D * WIDTH of whole pairs that were laid out.
+template <int Q, int D>
+KVARTO_INLINE void accumulate_laid_out(const bf16* weights, const PairsLaidOut& values, Span rows, int64_t d,
+                                       float* sums, int64_t record) {
+  Vec held[Q][D];
+  for (int q = 0; q < Q; ++q)
+    for (int n = 0; n < D; ++n) held[q][n] = load(sums + q * record + d + n * WIDTH);
+  const bf16* pair = values.pair(rows.begin) + 2 * d;
+  for (int64_t j = rows.begin; j < rows.end; j += 2, pair += 2 * values.padded_dim) {
+    Pairs columns[D];
+#pragma GCC unroll 4
+    for (int n = 0; n < D; ++n) columns[n] = pinned(load_pairs(pair + n * 2 * WIDTH));
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q) {
+      const Pairs weight = pinned(set1_pair(weights + q * 2 * TILE + j));
+#pragma GCC unroll 4
+      for (int n = 0; n < D; ++n) held[q][n] = fma(weight, columns[n], held[q][n]);
+    }
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int n = 0; n < D; ++n) store(sums + q * record + d + n * WIDTH, held[q][n]);
+}
+
+template <int Q>
+KVARTO_INLINE void accumulate(const bf16* weights, const PairsLaidOut& values, Span rows, int64_t dim, float* sums,
+                       int64_t record, Ahead*) {
+  if constexpr (Q == 1) return accumulate<1>(weights, values.rows, rows, dim, sums, record, nullptr);
+  int64_t d = 0;
+  for (; d + 4 * WIDTH <= dim; d += 4 * WIDTH) accumulate_laid_out<Q, 4>(weights, values, rows, d, sums, record);
+  for (; d < dim; d += 2 * WIDTH) accumulate_laid_out<Q, 2>(weights, values, rows, d, sums, record);
+}
 #endif
 
 }  // namespace KVARTO_ISA

@@ -1,5 +1,5 @@
-// Scores of bf16 keys and queries. Keys are laid out in quads, four side by side, so that each lane has sums of one key
-// only and no dot product needs a reduction of its own.
+// Scores of bf16 keys and few queries. Keys are laid out in quads, four side by side, so that each lane has sums of one
+// key only and no dot product needs a reduction of its own.
 #pragma once
 
 #include "attention_ahead.h"
@@ -13,12 +13,12 @@ constexpr int64_t PART = 2 * WIDTH;  // columns that a vector of a row holds; QU
 constexpr int64_t RUN_QUADS = RUN / 4;
 static_assert(RUN % 8 == 0, "quads are reduced two by two");
 
-// A run of keys as they lie in the cache, which few query rows take: read once, and kept in registers. DIM: the
-// head_dim, or 0 where it is not known when compiled.
+// A run of keys, read once as they lie in the cache and kept in registers. DIM: the head_dim, or 0 where it is not known
+// when compiled.
 template <int64_t DIM>
-class RunInPlace {
+class RunOfKeys {
  public:
-  KVARTO_MEMBER RunInPlace(const bf16* keys, int64_t dim) : keys_(keys), dim_(dim) {}
+  KVARTO_MEMBER RunOfKeys(const bf16* keys, int64_t dim) : keys_(keys), dim_(dim) {}
 
   KVARTO_MEMBER void turn_to(int64_t d) {
     const int64_t dim = DIM ? DIM : dim_, left = dim - d;
@@ -38,55 +38,32 @@ class RunInPlace {
   Pairs quads_[RUN_QUADS][QUADS];
 };
 
-// A run that was laid out before, since many take it.
-class RunLaidOut {
- public:
-  KVARTO_MEMBER explicit RunLaidOut(const bf16* quads) : quads_(quads) {}
-
-  KVARTO_MEMBER void turn_to(int64_t d) { part_ = quads_ + d * RUN; }
-  KVARTO_MEMBER Pairs quad(int64_t n, int64_t i) const { return load_pairs(part_ + (n * QUADS + i) * PART); }
-
-  static void lay_out(const bf16* keys, int64_t dim, int64_t padded_dim, bf16* out) {
-    RunInPlace<0> run(keys, dim);
-    for (int64_t d = 0; d < padded_dim; d += PART) {
-      run.turn_to(d);
-      for (int64_t n = 0; n < RUN_QUADS; ++n)
-        for (int64_t i = 0; i < QUADS; ++i) store(out + d * RUN + (n * QUADS + i) * PART, run.quad(n, i));
-    }
-  }
-
- private:
-  const bf16* quads_;
-  const bf16* part_ = nullptr;
-};
-
-// scores[q][..] = query q . keys of the runs; rows of scores are TILE apart.
-template <int Q, int64_t DIM, int R, class Run>
-KVARTO_INLINE void score_runs(const bf16* query, int64_t any_padded_dim, Run (&runs)[R], float* scores) {
+// scores[q][..] = query q . keys of the run; rows of scores are TILE apart.
+template <int Q, int64_t DIM>
+KVARTO_INLINE void score_run(const bf16* query, int64_t any_padded_dim, RunOfKeys<DIM> run, float* scores) {
   const int64_t padded_dim = DIM ? DIM : any_padded_dim;
-  Vec sums[Q][R * RUN_QUADS];
+  Vec sums[Q][RUN_QUADS];
   for (auto& row : sums)
     for (Vec& sum : row) sum = zero();
   for (int64_t d = 0; d < padded_dim; d += PART) {
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) runs[r].turn_to(d);
+    run.turn_to(d);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < QUADS; ++i) {
-      Pairs keys[R * RUN_QUADS];
+      Pairs keys[RUN_QUADS];
 #pragma GCC unroll 4
-      for (int n = 0; n < R * RUN_QUADS; ++n) keys[n] = pinned(runs[n / RUN_QUADS].quad(n % RUN_QUADS, i));
+      for (int n = 0; n < RUN_QUADS; ++n) keys[n] = pinned(run.quad(n, i));
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) {
         const Pairs columns = pinned(load_pairs(query + (q * padded_dim + d) * QUADS + i * PART));
 #pragma GCC unroll 4
-        for (int n = 0; n < R * RUN_QUADS; ++n) sums[q][n] = fma(columns, keys[n], sums[q][n]);
+        for (int n = 0; n < RUN_QUADS; ++n) sums[q][n] = fma(columns, keys[n], sums[q][n]);
       }
     }
   }
 #pragma GCC unroll 4
   for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 2
-    for (int n = 0; n < R * RUN_QUADS; n += 2) reduce_quads(sums[q][n], sums[q][n + 1], scores + q * TILE + 4 * n);
+    for (int n = 0; n < RUN_QUADS; n += 2) reduce_quads(sums[q][n], sums[q][n + 1], scores + q * TILE + 4 * n);
 }
 #endif
 

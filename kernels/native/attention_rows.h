@@ -71,8 +71,8 @@ struct Sight {
 
   // Of the tile of KV rows at `first`, the places that each query row of a KV head sees.
   void places(int64_t first, int64_t rows, Span* seen) const {
-    for (int64_t r = 0; r < rows;) {
-      const Span all = of_query(r / group);
+    for (int64_t query = 0, r = 0; r < rows; ++query) {
+      const Span all = of_query(query);
       const Span inside = {smaller(larger(all.begin - first, 0), TILE), smaller(larger(all.end - first, 0), TILE)};
       for (const int64_t end = r + group; r < end; ++r) seen[r] = inside;
     }
@@ -119,12 +119,10 @@ struct QueryFor<bf16> {
 };
 #endif
 
-// Elements that a column of a query of S takes.
-template <class S>
-constexpr int64_t COLUMN = 1;
+// Elements that a column of a query takes: what few rows meet is quads of keys.
+static inline int64_t column_elements(const float*, const Shape&) { return 1; }
 #if defined(__AVX512BF16__)
-template <>
-constexpr int64_t COLUMN<bf16> = QUADS;
+static inline int64_t column_elements(const bf16*, const Shape& shape) { return few_rows(shape) ? QUADS : 1; }
 static_assert(QUADS * sizeof(bf16) <= QUERY_FLOATS * sizeof(float), "scratch has room for it");
 
 // Makes of a row what its products with quads of keys take: from the back, since it grows where it stands.
@@ -134,17 +132,22 @@ static inline void spread_query(bf16* row, int64_t padded_dim) {
 #endif
 static inline void spread_query(float*, int64_t) {}
 
+template <class S>
+KVARTO_INLINE S* query_row(S* queries, const Shape& shape, int64_t row) {
+  return queries + row * shape.padded_dim * column_elements(queries, shape);
+}
+
 template <class S, class T>
 static void load_queries_as(const KvartoAttention& call, const T* query, int64_t stride, const AttentionTile& tile,
                             const Shape& shape, S* out) {
   for (int64_t r = 0; r < shape.all_rows(); ++r) {
     const T* row = query + shape.element(call, tile, r, stride);
-    S* held = out + r * shape.padded_dim * COLUMN<S>;
+    S* held = query_row(out, shape, r);
     for (int64_t d = 0; d < shape.padded_dim; d += WIDTH) {
       const int64_t left = shape.dim - d;
       store(held + d, left > 0 ? load_some(row + d, left) : zero());
     }
-    spread_query(held, shape.padded_dim);
+    if (column_elements(out, shape) > 1) spread_query(held, shape.padded_dim);
   }
 }
 

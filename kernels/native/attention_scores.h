@@ -1,7 +1,7 @@
 // Query rows of one KV head times a tile of its keys.
 #pragma once
 
-#include "attention_quads.h"
+#include "attention_columns.h"
 
 namespace kvarto {
 namespace KVARTO_ISA {
@@ -60,7 +60,7 @@ KVARTO_INLINE void score_four(const float* query, const T* keys, int64_t stride,
 template <class T>
 static void score(const float* query, const TileRows<T>& keys, const Span* seen, const Shape& shape, float* scores,
                   float*, Ahead* ahead) {
-  each_few(shape.rows, [&](auto count, int64_t r) {
+  each_few(shape.rows, [&](auto count, int64_t r) __attribute__((always_inline)) {
     constexpr int Q = decltype(count)::value;
     for (int64_t j = seen[r].begin / 4 * 4; j < seen[r + Q - 1].end; j += 4) {
       score_four<Q>(query + r * shape.padded_dim, keys[j], keys.stride, shape.padded_dim, shape.dim,
@@ -71,43 +71,48 @@ static void score(const float* query, const TileRows<T>& keys, const Span* seen,
 }
 
 #if defined(__AVX512BF16__)
-// The same, in runs. wide: TILE * padded_dim, for the keys laid out.
+static void score_few(const bf16* query, const TileRows<bf16>& keys, const Span* seen, const Shape& shape,
+                      float* scores, Ahead* ahead) {
+  const int64_t padded_dim = shape.padded_dim, run_bytes = RUN * keys.stride * (int64_t)sizeof(bf16);
+  with_dim(shape.dim, [&](auto fixed) __attribute__((always_inline)) {
+    constexpr int64_t DIM = decltype(fixed)::value;
+    each_few(shape.rows, [&](auto count, int64_t r) __attribute__((always_inline)) {
+      constexpr int Q = decltype(count)::value;
+      for (int64_t j = seen[r].begin / RUN * RUN; j < seen[r + Q - 1].end; j += RUN) {
+        score_run<Q, DIM>(query + r * padded_dim * QUADS, padded_dim, {keys[j], shape.dim}, scores + r * TILE + j);
+        if (ahead && r == 0) ahead->use(run_bytes);
+      }
+    });
+  });
+}
+
+static void score_many(const bf16* query, const ColumnsLaidOut& keys, const Span* seen, const Shape& shape,
+                       float* scores) {
+  const int64_t padded_dim = shape.padded_dim;
+  with_dim(padded_dim, [&](auto fixed) __attribute__((always_inline)) {
+    constexpr int64_t DIM = decltype(fixed)::value;
+    each_few(shape.rows, [&](auto count, int64_t r) __attribute__((always_inline)) {
+      constexpr int Q = decltype(count)::value;
+      const bf16* rows = query + r * padded_dim;
+      float* out = scores + r * TILE;
+      const int64_t end = seen[r + Q - 1].end;
+      int64_t j = seen[r].begin / WIDTH * WIDTH;
+      for (; j + WIDTH < end; j += 2 * WIDTH) score_vectors<Q, 2, DIM>(rows, padded_dim, keys.from(j), out + j);
+      if (j < end) score_vectors<Q, 1, DIM>(rows, padded_dim, keys.from(j), out + j);
+    });
+  });
+}
+
+// The same of bf16. wide: TILE * padded_dim, for the keys laid out.
 static void score(const bf16* query, const TileRows<bf16>& keys, const Span* seen, const Shape& shape, float* scores,
                   float* wide, Ahead* ahead) {
-  const int64_t dim = shape.dim, padded_dim = shape.padded_dim, run_bytes = RUN * keys.stride * (int64_t)sizeof(bf16);
-  if (few_rows(shape)) {
-    with_dim(dim, [&](auto fixed) __attribute__((always_inline)) {
-      constexpr int64_t DIM = decltype(fixed)::value;
-      each_few(shape.rows, [&](auto count, int64_t r) __attribute__((always_inline)) {
-        constexpr int Q = decltype(count)::value;
-        for (int64_t j = seen[r].begin / RUN * RUN; j < seen[r + Q - 1].end; j += RUN) {
-          RunInPlace<DIM> run[] = {{keys[j], dim}};
-          score_runs<Q, DIM>(query + r * padded_dim * QUADS, padded_dim, run, scores + r * TILE + j);
-          if (ahead && r == 0) ahead->use(run_bytes);
-        }
-      });
-    });
-    return;
+  if (few_rows(shape)) return score_few(query, keys, seen, shape, scores, ahead);
+  const ColumnsLaidOut columns((bf16*)wide, shape.padded_dim);
+  for (int64_t j = seen[0].begin / WIDTH * WIDTH; j < seen[shape.rows - 1].end; j += WIDTH) {
+    columns.lay_out(keys, j, shape.dim);
+    if (ahead) ahead->use(WIDTH * shape.dim * (int64_t)sizeof(bf16));
   }
-  bf16* laid_out = (bf16*)wide;
-  for (int64_t j = seen[0].begin / RUN * RUN; j < seen[shape.rows - 1].end; j += RUN) {
-    RunLaidOut::lay_out(keys[j], dim, padded_dim, laid_out + j * padded_dim);
-    if (ahead) ahead->use(run_bytes);
-  }
-  each_few(shape.rows, [&](auto count, int64_t r) {
-    constexpr int Q = decltype(count)::value;
-    const bf16* rows = query + r * padded_dim * QUADS;
-    const auto run = [&](int64_t j) { return RunLaidOut(laid_out + j * padded_dim); };
-    int64_t j = seen[r].begin / RUN * RUN;
-    for (; j + RUN < seen[r + Q - 1].end; j += 2 * RUN) {
-      RunLaidOut two[] = {run(j), run(j + RUN)};
-      score_runs<Q, 0>(rows, padded_dim, two, scores + r * TILE + j);
-    }
-    if (j < seen[r + Q - 1].end) {
-      RunLaidOut one[] = {run(j)};
-      score_runs<Q, 0>(rows, padded_dim, one, scores + r * TILE + j);
-    }
-  });
+  score_many(query, columns, seen, shape, scores);
 }
 #endif
 

@@ -51,12 +51,9 @@ static inline void softmax_step(float* scores, Span seen, const Bend& bend, cons
   constexpr int64_t VECTORS = TILE / WIDTH;
   Vec parts[VECTORS];
   for (int64_t i = 0; i < VECTORS; ++i) parts[i] = bend.score(load(scores + i * WIDTH), i * WIDTH);
-  if (seen.begin > 0 || seen.end < TILE) {
-    for (int64_t i = 0; i < VECTORS; ++i) store(scores + i * WIDTH, parts[i]);
-    for (int64_t j = 0; j < seen.begin; ++j) scores[j] = NEG_INFINITY;
-    for (int64_t j = seen.end; j < TILE; ++j) scores[j] = NEG_INFINITY;
-    for (int64_t i = 0; i < VECTORS; ++i) parts[i] = load(scores + i * WIDTH);
-  }
+  if (seen.begin > 0 || seen.end < TILE)
+    for (int64_t i = 0; i < VECTORS; ++i)
+      parts[i] = between(seen.begin - i * WIDTH, seen.end - i * WIDTH, parts[i], set1(NEG_INFINITY));
   Vec best = parts[0];
   for (int64_t i = 1; i < VECTORS; ++i) best = max(best, parts[i]);
   if (any_greater(best, set1(record[0] + HEADROOM))) {

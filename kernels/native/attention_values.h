@@ -55,17 +55,39 @@ static void accumulate(const float* weights, const TileRows<T>& values, Span row
   for (; d < dim; d += WIDTH) accumulate_columns<Q, 1>(weights, values, rows, d, sums, record, ahead);
 }
 
-// A row as floats, which lie as its sums are to lie.
-template <class T>
-static void widen_value(const T* in, int64_t dim, float* out) {
-  int64_t d = 0;
-  for (; d + 2 * WIDTH <= dim; d += 2 * WIDTH) {
-    Vec low, high;
-    load_pair(in + d, low, high);
-    store(out + d, low), store(out + d + WIDTH, high);
+// A tile as floats; widen_row(place, row) widens each of the rows that are held.
+template <class T, class WidenRow>
+KVARTO_INLINE TileRows<float> widen(Span held, const Shape& shape, float* wide, Ahead* ahead, WidenRow widen_row) {
+  for (int64_t j = held.begin; j < held.end; ++j) {
+    widen_row(j, wide + j * shape.padded_dim);
+    if (ahead) ahead->use(shape.dim * (int64_t)sizeof(T));
   }
-  for (; d < dim; d += WIDTH) store(out + d, load_some(in + d, dim - d));
+  TileRows<float> rows;
+  for (int64_t i = 0; i < TILE / RUN; ++i) rows.runs[i] = wide + i * RUN * shape.padded_dim;
+  rows.stride = shape.padded_dim;
+  return rows;
 }
+
+// A tile as many query rows take it: rows as floats, which lie as their sums are to lie.
+template <class T>
+static TileRows<float> lay_out(const TileRows<T>& values, Span held, const Shape& shape, float* wide, Ahead* ahead) {
+  return widen<T>(held, shape, wide, ahead, [&](int64_t j, float* out) {
+    int64_t d = 0;
+    for (; d + 2 * WIDTH <= shape.dim; d += 2 * WIDTH) {
+      Vec low, high;
+      load_pair(values[j] + d, low, high);
+      store(out + d, low), store(out + d + WIDTH, high);
+    }
+    for (; d < shape.dim; d += WIDTH) store(out + d, load_some(values[j] + d, shape.dim - d));
+  });
+}
+#if defined(__AVX512BF16__)
+static PairsLaidOut lay_out(const TileRows<bf16>& values, Span held, const Shape& shape, float* wide, Ahead* ahead) {
+  const PairsLaidOut pairs = {values, shape.padded_dim, (bf16*)wide};
+  pairs.lay_out(held, shape.dim, ahead);
+  return pairs;
+}
+#endif
 
 // Columns d .. d + 2 * WIDTH of sums of values of cache_dtype.
 KVARTO_INLINE void load_sums(const float* sums, int32_t cache_dtype, int64_t d, int64_t dim, Vec& low, Vec& high) {
@@ -79,10 +101,10 @@ KVARTO_INLINE void load_sums(const float* sums, int32_t cache_dtype, int64_t d, 
 }
 
 // Adds what a KV head's query rows see of V to their records, times the weights, which lie TILE floats apart.
-template <class T>
-static void add_values(const float* weights, const TileRows<T>& values, const Span* seen, const Shape& shape,
+template <class Rows>
+KVARTO_INLINE void add_values(const float* weights, const Rows& values, const Span* seen, const Shape& shape,
                        float* records, Ahead* ahead) {
-  using W = Weights<T>;
+  using W = Weights<typename Rows::Element>;
   constexpr int64_t STEP = W::PAIRED ? 2 : 1;
   const int64_t dim = W::PAIRED ? shape.dim : round_up(shape.dim, WIDTH);
   each_few(shape.rows, [&](auto count, int64_t first) {
