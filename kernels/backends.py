@@ -33,8 +33,9 @@ STATUS_MESSAGES = {
     15: "rank {} did not come in time",
     16: "rank {} is in another collective",
     17: "another rank left or gave up",
+    18: "index: entry {} names no row of the table",
 }
-_FIRST_OF_EXCHANGES = 14
+_OF_EXCHANGES = range(14, 18)
 
 
 class ExchangeError(RuntimeError):
@@ -93,7 +94,7 @@ def native_library() -> NativeLibrary:
 def raise_for(status: int, detail: int) -> None:
     if status == 1:
         raise MemoryError("the native kernels could not get their working memory")
-    if status >= _FIRST_OF_EXCHANGES:
+    if status in _OF_EXCHANGES:
         raise ExchangeError(STATUS_MESSAGES[status].format(detail))
     if status != 0:
         raise ValueError(STATUS_MESSAGES[status].format(detail))

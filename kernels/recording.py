@@ -26,6 +26,7 @@ from .native.library import (
     NativeQuantization,
     NativeStep,
     NativeStepGroup,
+    NativeTake,
 )
 from .timing import KINDS, asked
 
@@ -33,6 +34,9 @@ _ALIGNMENT = 64
 _VIEWS = {torch.ops.aten.view.default, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int,
           torch.ops.aten.alias.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.detach.default}
 """Operators of torch that only name memory: what they did once holds in every replay."""
+
+# Of replay.h.
+_SAMPLED_ROWS, _NUM_INDICES = 2, 3
 
 _current = threading.local()
 
@@ -42,8 +46,17 @@ class NotRecordableError(Exception):
 
 
 class Step(Protocol):
-    """What differs between replays, all contiguous, as in `paged_attention` and `write_kv`. Lists: per KV group, in
-    which a residual is the last."""
+    """What differs between replays, all contiguous, as in `paged_attention` and `write_kv`; `take_rows` goes by one of
+    the first three. Lists: per KV group, in which a residual is the last."""
+
+    @property
+    def token_ids(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def sampled_rows(self) -> Tensor: ...
 
     @property
     def query_start_loc(self) -> Tensor: ...
@@ -85,13 +98,16 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 class Recording:
     """Ops in order, with memory of their own: an output stays until the next replay overwrites it.
 
-    Record with as many tokens as there may ever be. The tensors that recorded ops read or write beside their own
+    Record with as many tokens, and rows to sample from, as there may ever be; what is recorded after the latter are
+    taken has a row for each of them. The tensors that recorded ops read or write beside their own
     outputs and what a `Step` has must stay where they are; the caller keeps them.
     """
 
     def __init__(self) -> None:
         self._calls: list[ctypes.Structure] = []
-        self._groups: list[int] = []
+        self._sources: list[int] = []
+        self._of_sampled: list[bool] = []
+        self._indices: list[int] = []
         self._ops: Any = None
         self._slot_mappings: list[int] = []
         self._block_tables: list[int] = []
@@ -111,9 +127,9 @@ class Recording:
     def record(self, step: Step) -> Iterator[None]:
         """Record the native ops of this thread instead of running them. `step`: the one that they are called with.
         Raises `NotRecordableError` for anything else that computes."""
-        self._slot_mappings, self._block_tables, self._filled_blocks = (
+        self._indices, self._slot_mappings, self._block_tables, self._filled_blocks = (
             [tensor.data_ptr() for tensor in tensors]
-            for tensors in (step.slot_mapping, step.block_tables, step.filled_blocks))
+            for tensors in (_indices(step), step.slot_mapping, step.block_tables, step.filled_blocks))
         _current.recording = self
         try:
             with _OnlyViews():  # type: ignore[no-untyped-call]
@@ -121,21 +137,25 @@ class Recording:
         finally:
             del _current.recording
         self._ops = (NativeOp * len(self._calls))(*(
-            NativeOp(ctypes.addressof(call), KINDS[type(call)], group)
-            for call, group in zip(self._calls, self._groups, strict=True)))
+            NativeOp(ctypes.addressof(call), KINDS[type(call)], source, of_sampled)
+            for call, source, of_sampled in zip(self._calls, self._sources, self._of_sampled, strict=True)))
 
     def append(self, call: ctypes.Structure) -> None:
-        group = 0
-        if isinstance(call, NativeCacheWrite):
-            group = self._slot_mappings.index(call.slot_mapping)
+        source, of_sampled = 0, bool(self._of_sampled and self._of_sampled[-1])
+        if isinstance(call, NativeTake):
+            source = self._indices.index(call.index)
+            of_sampled |= source == _SAMPLED_ROWS
+        elif isinstance(call, NativeCacheWrite):
+            source = self._slot_mappings.index(call.slot_mapping)
         elif isinstance(call, NativeAttention):
-            group = self._block_tables.index(call.block_tables)
+            source = self._block_tables.index(call.block_tables)
         elif isinstance(call, NativeQuantization):
-            group = self._filled_blocks.index(call.blocks)
+            source = self._filled_blocks.index(call.blocks)
         elif type(call) not in KINDS:
             raise NotRecordableError(type(call).__name__)
         self._calls.append(call)
-        self._groups.append(group)
+        self._sources.append(source)
+        self._of_sampled.append(of_sampled)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory that no tensor which lives now has. Ops run in the order in which they are recorded, so that what is
@@ -151,8 +171,8 @@ class Recording:
         weakref.finalize(buffer, self._free[size].append, region)
         return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
 
-    def replay(self, step: Step, num_tokens: int) -> None:
-        """Run the ops for the `num_tokens` first rows. Raises what the ops raise."""
+    def replay(self, step: Step) -> None:
+        """Run the ops for the tokens and sampled rows of `step`. Raises what the ops raise."""
         groups = (NativeStepGroup * len(step.block_tables))()
         for number, group in enumerate(groups):
             block_tables = step.block_tables[number]
@@ -164,8 +184,10 @@ class Recording:
             groups,
             step.query_start_loc.data_ptr(),
             step.kv_lens.data_ptr(),
+            (ctypes.c_void_p * _NUM_INDICES)(*(tensor.data_ptr() for tensor in _indices(step))),
             len(groups),
-            num_tokens,
+            step.token_ids.numel(),
+            step.sampled_rows.numel(),
             step.kv_lens.numel(),
             step.filled_blocks[-1].numel() if step.filled_blocks else 0,
             torch.get_num_threads(),
@@ -173,6 +195,11 @@ class Recording:
         )
         detail = ctypes.c_int64()
         raise_for(native_library().replay(self._ops, len(self._calls), native_step, detail), detail.value)
+
+
+def _indices(step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """In the order of replay.h."""
+    return step.token_ids, step.positions, step.sampled_rows
 
 
 class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]

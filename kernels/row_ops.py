@@ -1,4 +1,5 @@
-"""What a layer does with each token by itself: norms, rotary positions, gated activations.
+"""What a model does with each token by itself: rows of tables, norms, rotary positions, gated activations, the best of
+its logits.
 
 On the native backends a token's bits depend on nothing but its own row, and are rounded where Transformers rounds.
 """
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import row_reference
 from .backends import backend, native_library
 from .checks import DTYPE_NUMBERS, REFERENCE, TRITON, check, check_device, check_dtype, dense, token_stride
-from .native.library import NativeBest, NativeGate, NativeNorm, NativeRotation
+from .native.library import NativeBest, NativeGate, NativeNorm, NativeRotation, NativeTake
 from .recording import empty, submit
 
 # Of abi.h; what is not among them is left to torch.
@@ -186,8 +187,8 @@ def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"logits must have dense rows, got strides {logits.stride()}")
     if name in (REFERENCE, TRITON):
         return row_reference.best_tokens(logits)
-    values = torch.empty(logits.shape[0])
-    ids, library = torch.empty(logits.shape[0], dtype=torch.int64), native_library()
+    shape, library = logits.shape[:1], native_library()
+    values, ids = empty(shape, torch.float32), empty(shape, torch.int64)
     call = NativeBest(
         logits.data_ptr(),
         values.data_ptr(),
@@ -200,3 +201,48 @@ def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     )
     submit(library.best, call)
     return values, ids
+
+
+def take_rows(table: Tensor, index: Tensor, *, first: int = 0, partial: bool = False, scale: float = 1.0) -> Tensor:
+    """Row `index[t] - first` of the table, times `scale`, for every t: embeddings, rotary angles, rows to sample from.
+
+    Args:
+        table: `[num_rows, dim]`, contiguous, float32, bfloat16 or float16.
+        index: `[num_tokens]` int64, contiguous.
+        partial: an index may name no row of the table, where another rank has it: it gets zeros.
+        scale: a number of the table's dtype, as the rounded product is.
+
+    Returns:
+        `[num_tokens, dim]` of the table's dtype, contiguous.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, layout or device, or an index that names no row where all must; on a GPU that is
+            an error of the device.
+    """
+    name = backend(table.device.type)
+    check_dtype("table", table)
+    check_device("table", table, name)
+    if table.dim() != 2:
+        raise ValueError(f"table must be [num_rows, dim], got {list(table.shape)}")
+    check("index", index, torch.int64, (index.numel(),), table.device)
+    dense(table, "table")
+    dense(index, "index")
+    if name in (REFERENCE, TRITON):
+        return row_reference.take_rows(table, index, first, partial, scale)
+    out, library = empty((index.numel(), table.shape[1]), table.dtype), native_library()
+    call = NativeTake(
+        table.data_ptr(),
+        index.data_ptr(),
+        out.data_ptr(),
+        index.numel(),
+        *table.shape,
+        first,
+        scale,
+        partial,
+        DTYPE_NUMBERS[table.dtype],
+        library.isas[name],
+        torch.get_num_threads(),
+    )
+    submit(library.take, call)
+    return out

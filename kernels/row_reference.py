@@ -34,6 +34,19 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     turning.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
 
+def take_rows(table: Tensor, index: Tensor, first: int, partial: bool, scale: float) -> Tensor:
+    local = index - first
+    if partial:
+        elsewhere = (local < 0) | (local >= len(table))
+        rows = F.embedding(local.masked_fill(elsewhere, 0), table).masked_fill_(elsewhere.unsqueeze(1), 0)
+    else:
+        try:
+            rows = F.embedding(local, table)
+        except IndexError as error:
+            raise ValueError(f"index: an entry names no row of the table: {error}") from error
+    return rows if scale == 1.0 else rows * scale
+
+
 def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     # argmax puts NaN above everything, and the first of equals first.
     ids = logits.float().argmax(1)

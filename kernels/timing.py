@@ -10,19 +10,22 @@ from contextlib import contextmanager
 from .native.exchange import NativeAllReduce
 from .native.library import (
     NativeAttention,
+    NativeBest,
     NativeCacheWrite,
     NativeGate,
     NativeLinear,
     NativeNorm,
     NativeQuantization,
     NativeRotation,
+    NativeTake,
 )
 
 KINDS: dict[type[ctypes.Structure], int] = {
     NativeNorm: 0, NativeRotation: 1, NativeGate: 2, NativeLinear: 3, NativeCacheWrite: 4, NativeQuantization: 5,
-    NativeAttention: 6, NativeAllReduce: 7}
+    NativeAttention: 6, NativeAllReduce: 7, NativeTake: 8, NativeBest: 9}
 """Of replay.h."""
-NAMES = ("norm", "rotation", "activation", "linear", "cache_write", "quantization", "attention", "all_reduce")
+NAMES = ("norm", "rotation", "activation", "linear", "cache_write", "quantization", "attention", "all_reduce",
+         "take_rows", "best_tokens")
 
 Nanoseconds = ctypes.Array[ctypes.c_int64]
 """Per kind."""

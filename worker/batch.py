@@ -11,6 +11,7 @@ import torch
 from ..protos.step import SequenceFork, SequenceStart, SequenceStep
 
 Ints = npt.NDArray[np.int64]
+_NO_ROWS: Ints = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class ForwardBatch:
     """Per KV group `[S, max_blocks]` int32; entries past a sequence's last block are 0 and never read."""
     slot_mapping: list[torch.Tensor]
     """Per KV group `[T]` int64: `block_id * block_size + offset` where each token's K and V go."""
+    sampled_rows: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """`[R]` int64: of the T rows those whose likeliest next token is wanted."""
     filled_blocks: list[torch.Tensor] = field(default_factory=list)
     """Beside a residual, per KV group `[num_filled]` int64: blocks whose last slot is filled in this step."""
 
@@ -159,25 +162,31 @@ def lay_out(steps: list[SequenceStep], table: SequenceTable) -> StepLayout:
     return StepLayout(rows, table.num_computed[rows], counts, table.num_dropped[rows], query_start_loc)
 
 
-def build(layout: StepLayout, table: SequenceTable, device: torch.device) -> ForwardBatch:
-    """The tensors of a step."""
+def build(layout: StepLayout, table: SequenceTable, device: torch.device, sampled_rows: Ints | None = None,
+          ) -> ForwardBatch:
+    """The tensors of a step. `sampled_rows`: as in `ForwardBatch`; None: of no row."""
     token_rows = np.repeat(layout.rows, layout.counts)
     positions = np.arange(len(token_rows)) + np.repeat(layout.begins - layout.query_start_loc[:-1], layout.counts)
-    max_blocks = -(-int(layout.row_ends.max()) // table.block_size)
+    row_ends = layout.row_ends
+    max_blocks = -(-int(row_ends.max()) // table.block_size)
     block_index, offset = np.divmod(positions - np.repeat(layout.dropped, layout.counts), table.block_size)
+    on_cpu = device.type == "cpu"
 
     def tensor(array: npt.NDArray[np.generic], dtype: type[np.int32] | type[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device)
+        here = torch.from_numpy(np.ascontiguousarray(array, dtype))
+        # Between steps nothing is in the processor's caches: a call of torch costs ten microseconds, even for nothing.
+        return here if on_cpu else here.to(device)
 
     return ForwardBatch(
         token_ids=tensor(table.token_ids[token_rows, positions], np.int64),
         positions=tensor(positions, np.int64),
         query_start_loc=tensor(layout.query_start_loc, np.int32),
-        kv_lens=tensor(layout.row_ends, np.int32),
+        kv_lens=tensor(row_ends, np.int32),
         block_tables=[tensor(blocks[layout.rows, :max_blocks], np.int32) for blocks in table.block_tables],
         slot_mapping=[
             tensor(blocks[token_rows, block_index].astype(np.int64) * table.block_size + offset, np.int64)
             for blocks in table.block_tables],
+        sampled_rows=tensor(_NO_ROWS if sampled_rows is None else sampled_rows, np.int64),
         filled_blocks=[tensor(block_ids, np.int64) for block_ids in _filled(layout, table)],
     )
 

@@ -6,22 +6,21 @@ import logging
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from ..kernels import Mask, NotRecordableError, linear
+from ..kernels import Mask, NotRecordableError, best_tokens, linear, take_rows
 from ..protos.model import ModelConfig
 from ..protos.spans import Span
 from .attention import Attention
 from .batch import ForwardBatch
 from .collectives import Communicator
 from .far_sinks import FarAngles, FarSinkRule
+from .forward_span import forward_span
 from .kv_groups import block_bytes, cache_shape, kv_groups
-from .layer_spans import layers_span
 from .layout import TPLayout
 from .mlp import Experts, Mlp
 from .norms import Norm
 from .observer import Observer
-from .recorded_layers import RecordedLayers
+from .recorded_forward import Best, RecordedForward
 from .rope import Angles, rotary_tables
 from .shard import ShardReader
 from .weights import WeightSource
@@ -51,10 +50,12 @@ class Decoder:
         self.kv_groups = kv_groups(config, max_model_len, kv_cache_dtype)
         self._far_sinks = [FarSinkRule.of(config, group) for group in self.kv_groups]
         self._comm = comm
-        self._recorded: RecordedLayers | None = None
+        self._recorded: RecordedForward | None = None
         self._recorded_caches: list[torch.Tensor] = []
         self._embedding = shard.rows("embedding")
-        self._embedding_scale = config.hidden_size**0.5 if shard.family.scales_embedding else None
+        # A number of the model's dtype, as in training.
+        self._embedding_scale = float(torch.tensor(
+            config.hidden_size**0.5 if shard.family.scales_embedding else 1.0, dtype=self._embedding.dtype))
         self._parallel = shard.family.parallel
         self._positions = shard.positions(max_model_len)
         self._rotary = []
@@ -93,42 +94,61 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, caches: list[torch.Tensor], observer: Observer | None = None,
-                ) -> torch.Tensor:
+                ) -> tuple[torch.Tensor, Best | None]:
         """Run the batch, writing its K and V into `caches` (one per KV group, `cache_shape`). Returns
-        `[T, hidden_size]` in the model's dtype, the final norm applied; the same on every rank. An inference tensor,
-        which the next call may overwrite. `observer` looks at the attention of every layer.
+        `[T, hidden_size]` in the model's dtype, the final norm applied, the same on every rank, and the best of the
+        rows that the batch samples, None if it samples none. Inference tensors, which the next call may overwrite.
+        `observer` looks at the attention of every layer.
 
         Raises `UnavailableError` when another rank is gone.
         """
+        with forward_span():
+            if self._recorded is not None and observer is None and caches is self._recorded_caches:
+                hidden, best = self._recorded.run(batch)
+            else:
+                hidden, best = self._hidden(batch, caches, observer), None
+            if not batch.sampled_rows.numel():
+                return hidden, None
+            return hidden, self._best(hidden, batch.sampled_rows) if best is None else best
+
+    @torch.inference_mode()
+    def record(self, caches: list[torch.Tensor], max_num_tokens: int, max_num_sampled: int) -> None:
+        """Let `forward` be one native call for these very caches and up to so many tokens and sampled rows, where it is
+        native ops only; otherwise it goes on op by op, and the log says why."""
+        def forward(batch: ForwardBatch) -> tuple[torch.Tensor, Best | None]:
+            hidden = self._hidden(batch, caches, None)
+            # Softcaps are no native op: of those logits the best is found outside.
+            return hidden, None if self.config.final_softcap is not None else self._best(hidden, batch.sampled_rows)
+
+        try:
+            self._recorded = RecordedForward(forward, len(self.kv_groups), max_num_tokens, max_num_sampled,
+                                             has_residual=self.kv_groups[-1].residual)
+        except NotRecordableError as error:
+            logger.info("the forward pass runs op by op, not as one native call: %s", error)
+            return
+        self._recorded_caches = caches
+        logger.info("the forward pass runs as one native call of %d ops", self._recorded.num_ops)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[R, hidden_size]`, of what `forward` returned -> `[R, local_vocab]`, of the token ids in `layout.vocab`:
+        in the model's dtype, or float32 where they are capped. An inference tensor."""
+        with Span("logits"):
+            logits = linear(hidden, self._lm_head)
+            cap = self.config.final_softcap
+            return logits if cap is None else (logits.float() / cap).tanh() * cap
+
+    def _best(self, hidden: torch.Tensor, rows: torch.Tensor) -> Best:
+        return Best(*best_tokens(self.logits(take_rows(hidden, rows))))
+
+    def _hidden(self, batch: ForwardBatch, caches: list[torch.Tensor], observer: Observer | None) -> torch.Tensor:
         # x: [num_tokens, hidden_size], the residual stream
         with Span("embedding"):
-            angles = [(cos[batch.positions], sin[batch.positions]) for cos, sin in self._rotary]
+            angles = [(take_rows(cos, batch.positions), take_rows(sin, batch.positions)) for cos, sin in self._rotary]
             far = [None if rule is None else rule.angles(self._rotary[0], batch.positions)
                    for rule in self._far_sinks]
             x = self._embed(batch.token_ids, batch.positions)
-        with layers_span():
-            if self._recorded is not None and observer is None and caches is self._recorded_caches:
-                return self._recorded.run(x, angles, batch)
-            return self._run_layers(x, angles, far, batch, caches, observer)
-
-    @torch.inference_mode()
-    def record(self, caches: list[torch.Tensor], max_num_tokens: int) -> None:
-        """Let `forward` run the layers as one native call for these very caches and up to `max_num_tokens` tokens,
-        where they are native ops only; otherwise they go on op by op, and the log says why."""
-        def run_layers(x: torch.Tensor, angles: list[Angles], batch: ForwardBatch) -> torch.Tensor:
-            return self._run_layers(x, angles, far, batch, caches, None)
-
-        far = [None if rule is None else rule.angles(self._rotary[0], torch.zeros(max_num_tokens, dtype=torch.int64))
-               for rule in self._far_sinks]
-        try:
-            self._recorded = RecordedLayers(
-                run_layers, self.config.hidden_size, [cos.shape[1] for cos, _ in self._rotary], len(self.kv_groups),
-                max_num_tokens, self._embedding.dtype, has_residual=self.kv_groups[-1].residual)
-        except NotRecordableError as error:
-            logger.info("the layers run op by op, not as one native call: %s", error)
-            return
-        self._recorded_caches = caches
-        logger.info("the layers run as one native call of %d ops", self._recorded.num_ops)
+        return self._run_layers(x, angles, far, batch, caches, observer)
 
     def _run_layers(self, x: torch.Tensor, angles: list[Angles], far: list[FarAngles | None], batch: ForwardBatch,
                     caches: list[torch.Tensor], observer: Observer | None) -> torch.Tensor:
@@ -146,28 +166,11 @@ class Decoder:
             addend = self._sum(layer.mlp(layer.mlp_norm(x, addend)), layer.mlp_post_norm)
         return self._final_norm(x, addend)
 
-    @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[R, hidden_size]`, of what `forward` returned -> `[R, local_vocab]`, of the token ids in `layout.vocab`:
-        in the model's dtype, or float32 where they are capped. An inference tensor."""
-        with Span("logits"):
-            logits = linear(hidden, self._lm_head)
-            cap = self.config.final_softcap
-            return logits if cap is None else (logits.float() / cap).tanh() * cap
-
     def _embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         # token_ids, positions: [num_tokens] -> [num_tokens, hidden_size]
-        if self.layout.tp_size == 1:
-            rows = F.embedding(token_ids, self._embedding)
-        else:
-            local_ids = token_ids - self.layout.vocab.start
-            elsewhere = (local_ids < 0) | (local_ids >= len(self.layout.vocab))
-            rows = F.embedding(local_ids.masked_fill(elsewhere, 0), self._embedding)
-            rows = self._comm.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(1), 0))
-        if self._embedding_scale is not None:
-            # Rounded to the model's dtype first, as in training.
-            rows = rows * torch.tensor(self._embedding_scale, dtype=rows.dtype, device=rows.device)
-        return rows if self._positions is None else rows + self._positions[positions]
+        rows = self._comm.all_reduce(take_rows(self._embedding, token_ids, first=self.layout.vocab.start,
+                                               partial=self.layout.tp_size > 1, scale=self._embedding_scale))
+        return rows if self._positions is None else rows + take_rows(self._positions, positions)
 
     def _sum(self, part: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         """What a layer adds to the residual stream, from this rank's part of it."""

@@ -23,9 +23,10 @@ from .kv_groups import block_bytes, cache_shape, kv_dtype
 from .layout import TPLayout
 from .memory import available_bytes
 from .pool_memory import empty_pool, populate
+from .recorded_forward import Best
 from .sampling import Sampler
 from .sparsity import Sparsity
-from .step_sampling import StepSampling
+from .step_sampling import SampledRows, StepSampling
 from .weights import open_weights
 
 
@@ -94,7 +95,7 @@ class Rank:
                 populate(cache)
         self._mover = BlockMover(self._caches, num_host_blocks, self._disk)
         if backend(self._device.type).startswith("native"):
-            self._decoder.record(self._caches, config.max_num_batched_tokens)
+            self._decoder.record(self._caches, config.max_num_batched_tokens, config.max_num_seqs)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -119,11 +120,12 @@ class Rank:
         if plan.steps:
             with Span("build batch"):
                 layout = lay_out(plan.steps, self._table)
-            hidden = self._forward(plan, layout)
+                rows = self._sampling.rows(plan, layout)
+            hidden, best = self._forward(plan, layout, rows)
             for sibling in plan.siblings:
                 self._fork(sibling)
             with Span("sample"):
-                self._sampling.finish(plan, layout, hidden, result)
+                self._sampling.finish(plan, layout, rows, hidden, best, result)
         result.seconds = time.perf_counter() - started
         return result
 
@@ -131,16 +133,16 @@ class Rank:
         """Leave the group: collectives that wait for this rank fail."""
         self._comm.close()
 
-    def _forward(self, plan: StepPlan, layout: StepLayout) -> torch.Tensor:
-        """Compute the step, and compact what it says. Returns `[T, hidden_size]`."""
+    def _forward(self, plan: StepPlan, layout: StepLayout, rows: SampledRows) -> tuple[torch.Tensor, Best | None]:
+        """Compute the step, and compact what it says. Returns what `Decoder.forward` returns."""
         with Span("build batch"):
-            batch = build(layout, self._table, self._device)
+            batch = build(layout, self._table, self._device, rows.hidden_rows if rows.take_the_best else None)
         observer = self._sparsity.observer(plan.steps, layout, batch) if self._sparsity is not None else None
-        hidden = self._decoder.forward(batch, self._caches, observer)
+        hidden, best = self._decoder.forward(batch, self._caches, observer)
         self._table.num_computed[layout.rows] = layout.ends
         if self._sparsity is not None and observer is not None:
             self._sparsity.finish(plan.steps, observer, self._caches[0])
-        return hidden
+        return hidden, best
 
     def _fork(self, fork: SequenceFork) -> None:
         if self._sparsity is not None:

@@ -22,6 +22,7 @@ from ..protos.step import (
 )
 from .batch import Ints, SequenceTable, StepLayout
 from .decoder import Decoder
+from .recorded_forward import Best
 from .sampling import NonFiniteLogitsError, Sampled, Sampler, SamplingState
 
 PROMPT_LOGPROBS_ROWS = 128
@@ -44,7 +45,7 @@ class _Running:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class SampledRows:
     """Sequences that are to gain a token, `[R]` each."""
 
     seq_ids: list[int]
@@ -52,11 +53,13 @@ class _Rows:
     """Of the last token computed; siblings share their parent's."""
     positions: Ints
     """Of the token to be gained."""
+    take_the_best: bool = False
+    """Whether nothing of their logits matters but which is the largest."""
 
-    def take(self, places: dict[int, int]) -> _Rows:
+    def take(self, places: dict[int, int]) -> SampledRows:
         """One row for each sequence that `places` names, like the row whose index it gives."""
         indices = list(places.values())
-        return _Rows(list(places), self.hidden_rows[indices], self.positions[indices])
+        return SampledRows(list(places), self.hidden_rows[indices], self.positions[indices])
 
 
 class StepSampling:
@@ -86,18 +89,29 @@ class StepSampling:
     def end(self, seq_id: int) -> None:
         del self._running[seq_id]
 
-    def finish(self, plan: StepPlan, layout: StepLayout, hidden: torch.Tensor, result: StepResult) -> None:
-        """Give every sequence whose last known token was computed, and their siblings, the next one, or say what a
-        beam's could be; put all into `result`. `hidden`: `[T, hidden_size]` of the step. Raises `ValueError` for a
-        sibling whose parent is not among them."""
+    def rows(self, plan: StepPlan, layout: StepLayout) -> SampledRows:
+        """The sequences whose last known token is computed in this step."""
+        ends = layout.ends
+        done = np.flatnonzero(ends == self._table.num_tokens[layout.rows])
+        seq_ids = [plan.steps[index].seq_id for index in done.tolist()]
+        states = (self._running[seq_id].state for seq_id in seq_ids)
+        return SampledRows(seq_ids, layout.query_start_loc[done + 1] - 1, ends[done], not plan.siblings
+                           and all(state is not None and state.takes_the_best for state in states))
+
+    def finish(self, plan: StepPlan, layout: StepLayout, rows: SampledRows, hidden: torch.Tensor, best: Best | None,
+               result: StepResult) -> None:
+        """Give every sequence of `rows`, and their siblings, the next token, or say what a beam's could be; put all
+        into `result`. `hidden`: `[T, hidden_size]` of the step; `best`: of these rows, where they take the best.
+        Raises `ValueError` for a sibling whose parent is not among them."""
         result.prompt_logprobs = self._prompt_logprobs(plan, layout, hidden)
-        done = np.flatnonzero(layout.ends == self._table.num_tokens[layout.rows])
-        place = {plan.steps[index].seq_id: i for i, index in enumerate(done)}
+        place = {seq_id: i for i, seq_id in enumerate(rows.seq_ids)}
         if early := [sibling.seq_id for sibling in plan.siblings if sibling.parent_seq_id not in place]:
             raise ValueError(f"siblings {early} of sequences that do not sample in step {plan.step_id}")
         if not place:
             return
-        rows = _Rows(list(place), layout.query_start_loc[done + 1] - 1, layout.ends[done])
+        if best is not None:
+            self._take_the_best(rows, best, result)
+            return
         logits = self._logits(hidden, rows)
         beams = {seq_id: i for seq_id, i in place.items() if self._running[seq_id].state is None}
         draws = {seq_id: i for seq_id, i in place.items() if seq_id not in beams}
@@ -121,33 +135,39 @@ class StepSampling:
             params, seq_index=seq_index, token_ids=self._table.tokens(seq_id), num_prompt_tokens=num_prompt_tokens,
             eos_token_ids=self._decoder.config.eos_token_ids)
 
-    def _logits(self, hidden: torch.Tensor, rows: _Rows) -> torch.Tensor:
+    def _logits(self, hidden: torch.Tensor, rows: SampledRows) -> torch.Tensor:
         return self._decoder.logits(hidden[torch.from_numpy(rows.hidden_rows).to(self._device)])
 
     def _finite(
-        self, work: Callable[[_Rows, torch.Tensor], list[Answer]], rows: _Rows, logits: torch.Tensor,
+        self, work: Callable[[SampledRows, torch.Tensor], list[Answer]], rows: SampledRows, logits: torch.Tensor,
         hidden: torch.Tensor, result: StepResult,
-    ) -> tuple[_Rows, list[Answer]]:
+    ) -> tuple[SampledRows, list[Answer]]:
         """What `work` makes of `rows` whose logits are numbers; the others go to `result.failures`."""
         try:
             return rows, work(rows, logits)
         except NonFiniteLogitsError as error:
-            bad = set(error.rows)
-        result.failures += [SequenceFailure(seq_id=rows.seq_ids[i], message=NOT_NUMBERS) for i in sorted(bad)]
-        good = rows.take({seq_id: i for i, seq_id in enumerate(rows.seq_ids) if i not in bad})
+            bad = error.rows
+        good = _without(rows, bad, result)
         # The first call has applied penalties and biases in place: the logits are taken afresh.
         return good, work(good, self._logits(hidden, good))
 
-    def _sample(self, rows: _Rows, logits: torch.Tensor) -> list[Sampled]:
+    def _take_the_best(self, rows: SampledRows, best: Best, result: StepResult) -> None:
+        token_ids, bad = self._sampler.take_the_best(best.values, best.columns)
+        if bad:
+            token_ids = [token_id for i, token_id in enumerate(token_ids) if i not in bad]
+            rows = _without(rows, bad, result)
+        self._append(rows, [Sampled(token_id) for token_id in token_ids], result)
+
+    def _sample(self, rows: SampledRows, logits: torch.Tensor) -> list[Sampled]:
         states = [state for s in rows.seq_ids if (state := self._running[s].state) is not None]
         return self._sampler.sample(logits, states, rows.positions.tolist())
 
-    def _candidates(self, rows: _Rows, logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:
+    def _candidates(self, rows: SampledRows, logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:
         config = self._decoder.config
         wanted = [self._running[s].params.num_beam_candidates(config.eos_token_ids) for s in rows.seq_ids]
         return self._sampler.likeliest(logits, [min(count, config.vocab_size) for count in wanted])
 
-    def _append(self, rows: _Rows, sampled: list[Sampled], result: StepResult) -> None:
+    def _append(self, rows: SampledRows, sampled: list[Sampled], result: StepResult) -> None:
         for seq_id, token in zip(rows.seq_ids, sampled, strict=True):
             state = self._running[seq_id].state
             assert state is not None
@@ -172,6 +192,12 @@ class StepSampling:
             if positions:
                 found.append(PromptLogprobs(seq_id=step.seq_id, first=first, positions=positions))
         return found
+
+
+def _without(rows: SampledRows, bad: list[int], result: StepResult) -> SampledRows:
+    """`rows` but those whose logits are no numbers, which go to `result.failures`."""
+    result.failures += [SequenceFailure(seq_id=rows.seq_ids[i], message=NOT_NUMBERS) for i in bad]
+    return rows.take({seq_id: i for i, seq_id in enumerate(rows.seq_ids) if i not in bad})
 
 
 def _take(logits: torch.Tensor, places: dict[int, int]) -> torch.Tensor:

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define KVARTO_ABI_VERSION 12
+#define KVARTO_ABI_VERSION 13
 
 // The first KVARTO_NUM_FLOATS are those of activations and weights; the rest, of codes in a cache, have scales.
 enum KvartoDtype : int32_t {
@@ -44,6 +44,7 @@ enum KvartoStatus : int32_t {
   KVARTO_RANK_LATE = 15,
   KVARTO_OTHER_COLLECTIVE = 16,
   KVARTO_EXCHANGE_ABORTED = 17,
+  KVARTO_BAD_INDEX = 18,           // detail: the entry
 };
 
 // cache: [num_blocks, num_layers, 2, num_kv_heads, a head], contiguous. A head is [block_size, head_dim] of dtype and,

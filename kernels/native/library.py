@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..checks import CacheShape
 
-ABI_VERSION = 12
+ABI_VERSION = 13
 LIBRARY_PATH = Path(__file__).resolve().with_name("libkvarto_kernels.so")
 HOW_TO_BUILD = (
     "install a C++17 compiler with OpenMP (Debian: apt-get install g++) and run `pip install` of kvarto again, "
@@ -225,11 +225,29 @@ class NativeBest(ctypes.Structure):
     ]
 
 
+class NativeTake(ctypes.Structure):
+    _fields_ = [
+        ("table", c_void_p),
+        ("index", c_void_p),
+        ("out", c_void_p),
+        ("num_tokens", c_int64),
+        ("num_rows", c_int64),
+        ("dim", c_int64),
+        ("first", c_int64),
+        ("scale", c_float),
+        ("partial", c_int32),
+        ("dtype", c_int32),
+        ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
 class NativeOp(ctypes.Structure):
     _fields_ = [
         ("call", c_void_p),
         ("kind", c_int32),
-        ("group", c_int32),
+        ("source", c_int32),
+        ("of_sampled", c_int32),
     ]
 
 
@@ -247,8 +265,10 @@ class NativeStep(ctypes.Structure):
         ("groups", POINTER(NativeStepGroup)),
         ("query_start_loc", c_void_p),
         ("kv_lens", c_void_p),
+        ("indices", c_void_p * 3),  # as many as _NUM_INDICES of recording.py
         ("num_groups", c_int64),
         ("num_tokens", c_int64),
+        ("num_sampled", c_int64),
         ("num_seqs", c_int64),
         ("num_filled", c_int64),
         ("num_threads", c_int32),
@@ -268,7 +288,7 @@ class NativeLibrary:
             ("write_kv", NativeCacheWrite), ("quantize_blocks", NativeQuantization), ("copy_blocks", NativeBlockCopy),
             ("paged_attention", NativeAttention), ("attention_scores", NativeScores),
             ("compact_rows", NativeCompaction), ("linear", NativeLinear), ("norm", NativeNorm),
-            ("rotate", NativeRotation), ("gate", NativeGate), ("best", NativeBest)]
+            ("rotate", NativeRotation), ("gate", NativeGate), ("best", NativeBest), ("take", NativeTake)]
         for name, call in ops:
             getattr(library, f"kvarto_{name}").argtypes = [POINTER(call), detail]
         self.write_kv = library.kvarto_write_kv
@@ -282,6 +302,7 @@ class NativeLibrary:
         self.rotate = library.kvarto_rotate
         self.gate = library.kvarto_gate
         self.best = library.kvarto_best
+        self.take = library.kvarto_take
         self.replay = library.kvarto_replay
         self.replay.argtypes = [POINTER(NativeOp), c_int64, POINTER(NativeStep), detail]
         self.pack_linear = library.kvarto_pack_linear

@@ -21,30 +21,41 @@ Call recorded(const KvartoOp& op, const KvartoStep& step) {
   return call;
 }
 
-// Ops that differ from step to step in nothing but their number of tokens.
+int64_t num_rows(const KvartoOp& op, const KvartoStep& step) {
+  return op.of_sampled ? step.num_sampled : step.num_tokens;
+}
+
+// Ops that differ from step to step in nothing but their number of rows.
 template <class Call, int32_t (*function)(const Call*, int64_t*)>
-int32_t for_tokens(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+int32_t for_rows(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
   auto call = recorded<Call>(op, step);
-  call.num_tokens = step.num_tokens;
+  call.num_tokens = num_rows(op, step);
   return function(&call, detail);
 }
 
 int32_t linear(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
   auto call = recorded<KvartoLinear>(op, step);
-  call.m = step.num_tokens;
+  call.m = num_rows(op, step);
   return kvarto_linear(&call, detail);
+}
+
+int32_t take(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
+  auto call = recorded<KvartoTake>(op, step);
+  call.num_tokens = num_rows(op, step);
+  call.index = step.indices[op.source];
+  return kvarto_take(&call, detail);
 }
 
 int32_t write_kv(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
   auto call = recorded<KvartoCacheWrite>(op, step);
   call.num_tokens = step.num_tokens;
-  call.slot_mapping = step.groups[op.group].slot_mapping;
+  call.slot_mapping = step.groups[op.source].slot_mapping;
   return kvarto_write_kv(&call, detail);
 }
 
 int32_t quantize_blocks(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
   auto call = recorded<KvartoQuantization>(op, step);
-  call.blocks = step.groups[op.group].filled_blocks;
+  call.blocks = step.groups[op.source].filled_blocks;
   call.residual_blocks = step.groups[step.num_groups - 1].filled_blocks;
   call.num_blocks = step.num_filled;
   return kvarto_quantize_blocks(&call, detail);
@@ -52,7 +63,7 @@ int32_t quantize_blocks(const KvartoOp& op, const KvartoStep& step, int64_t* det
 
 int32_t attend(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
   auto call = recorded<KvartoAttention>(op, step);
-  const KvartoStepGroup& group = step.groups[op.group];
+  const KvartoStepGroup& group = step.groups[op.source];
   call.num_tokens = step.num_tokens;
   call.num_seqs = step.num_seqs;
   call.query_start_loc = step.query_start_loc;
@@ -64,19 +75,22 @@ int32_t attend(const KvartoOp& op, const KvartoStep& step, int64_t* detail) {
 }
 
 constexpr int32_t (*RUN[KVARTO_NUM_OPS])(const KvartoOp&, const KvartoStep&, int64_t*) = {
-    for_tokens<KvartoNorm, kvarto_norm>,
-    for_tokens<KvartoRotation, kvarto_rotate>,
-    for_tokens<KvartoGate, kvarto_gate>,
+    for_rows<KvartoNorm, kvarto_norm>,
+    for_rows<KvartoRotation, kvarto_rotate>,
+    for_rows<KvartoGate, kvarto_gate>,
     linear,
     write_kv,
     quantize_blocks,
     attend,
-    for_tokens<KvartoAllReduce, kvarto_all_reduce>,
+    for_rows<KvartoAllReduce, kvarto_all_reduce>,
+    take,
+    for_rows<KvartoBest, kvarto_best>,
 };
 
 int32_t run_all(const KvartoOp* ops, int64_t num_ops, const KvartoStep* step, int64_t* detail) {
   int64_t before = step->nanoseconds ? now() : 0;
   for (int64_t i = 0; i < num_ops; ++i) {
+    if (!num_rows(ops[i], *step)) continue;
     if (const int32_t status = RUN[ops[i].kind](ops[i], *step, detail)) return status;
     if (step->nanoseconds) {
       const int64_t after = now();

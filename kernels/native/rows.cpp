@@ -40,4 +40,14 @@ int32_t kvarto_gate(const KvartoGate* call, int64_t*) {
 int32_t kvarto_best(const KvartoBest* call, int64_t*) {
   return run(*call, call->dim, kernels(call->isa).best[call->dtype]);
 }
+
+int32_t kvarto_take(const KvartoTake* call, int64_t* detail) {
+  if (!call->partial)
+    for (int64_t token = 0; token < call->num_tokens; ++token)
+      if ((uint64_t)(call->index[token] - call->first) >= (uint64_t)call->num_rows) {
+        *detail = token;
+        return KVARTO_BAD_INDEX;
+      }
+  return run(*call, call->dim, kernels(call->isa).take[call->dtype]);
+}
 }

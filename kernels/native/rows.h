@@ -46,7 +46,19 @@ struct KvartoBest {
   int32_t dtype, isa, num_threads;
 };
 
+// out[t] = table[index[t] - first] * scale; of an index that names no row: zeros.
+struct KvartoTake {
+  const void* table;     // [num_rows, dim], contiguous
+  const int64_t* index;  // [num_tokens]
+  void* out;             // [num_tokens, dim], contiguous
+  int64_t num_tokens, num_rows, dim, first;
+  float scale;
+  int32_t partial;  // whether an index may name no row
+  int32_t dtype, isa, num_threads;
+};
+
 int32_t kvarto_best(const KvartoBest* call, int64_t* detail);
+int32_t kvarto_take(const KvartoTake* call, int64_t* detail);
 int32_t kvarto_norm(const KvartoNorm* call, int64_t* detail);
 int32_t kvarto_rotate(const KvartoRotation* call, int64_t* detail);
 int32_t kvarto_gate(const KvartoGate* call, int64_t* detail);
@@ -60,6 +72,7 @@ struct RowKernels {
   void (*rotate[KVARTO_NUM_FLOATS])(const KvartoRotation&, int64_t begin, int64_t end);
   void (*gate[KVARTO_NUM_FLOATS])(const KvartoGate&, int64_t begin, int64_t end);
   void (*best[KVARTO_NUM_FLOATS])(const KvartoBest&, int64_t begin, int64_t end);
+  void (*take[KVARTO_NUM_FLOATS])(const KvartoTake&, int64_t begin, int64_t end);
 };
 
 }  // namespace kvarto

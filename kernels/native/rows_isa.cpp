@@ -155,12 +155,33 @@ static void best(const KvartoBest& call, int64_t begin, int64_t end) {
   }
 }
 
+template <class T>
+static void take(const KvartoTake& call, int64_t begin, int64_t end) {
+  const Vec scale = set1(call.scale);
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t row = call.index[token] - call.first;
+    T* out = (T*)call.out + token * call.dim;
+    if ((uint64_t)row >= (uint64_t)call.num_rows) {
+      memset(out, 0, call.dim * sizeof(T));
+      continue;
+    }
+    const T* values = (const T*)call.table + row * call.dim;
+    if (call.scale == 1.0f) {
+      memcpy(out, values, call.dim * sizeof(T));
+      continue;
+    }
+    for (int64_t d = 0; d < call.dim; d += WIDTH)
+      store_some(out + d, mul(load_some(values + d, call.dim - d), scale), call.dim - d);
+  }
+}
+
 extern const RowKernels row_kernels;
 const RowKernels row_kernels = {
     {norm<float>, norm<bf16>, norm<f16>},
     {rotate<float>, rotate<bf16>, rotate<f16>},
     {gate<float>, gate<bf16>, gate<f16>},
     {best<float>, best<bf16>, best<f16>},
+    {take<float>, take<bf16>, take<f16>},
 };
 
 }  // namespace KVARTO_ISA

@@ -72,7 +72,7 @@ class Reader:
             steps = [SequenceStep(seq_id=number, new_block_ids=[] if place else [blocks] * len(self.caches))
                      for number, blocks in enumerate(self.blocks)]
             layout = lay_out(steps, self.table)
-            hidden = self.decoder.forward(build(layout, self.table, CPU), self.caches)
+            hidden, _ = self.decoder.forward(build(layout, self.table, CPU), self.caches)
             self.table.num_computed[layout.rows] = layout.ends
             wanted = torch.tensor([tokens[place + 1] for tokens in self.contexts])
             rows.append(self.decoder.logits(hidden).float().log_softmax(-1).gather(1, wanted[:, None])[:, 0])

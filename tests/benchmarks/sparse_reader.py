@@ -71,7 +71,7 @@ class SparseReader:
         layout = lay_out(steps, self.table)
         batch = build(layout, self.table, CPU)
         observer = self.sparsity.observer(steps, layout, batch) if self.sparsity else None
-        hidden = self.decoder.forward(batch, [self.cache], observer)
+        hidden, _ = self.decoder.forward(batch, [self.cache], observer)
         self.table.num_computed[layout.rows] = layout.ends
         if self.sparsity and observer:
             self.sparsity.finish(steps, observer, self.cache)

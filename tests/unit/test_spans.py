@@ -66,23 +66,23 @@ def test_shares_leave_out_what_is_inside_and_add_up():
         profile.end(end * ms)
 
     span("schedule", 0, 10)
-    span("layers", 10, 60, lambda: (span("linear", 10, 40), span("attention", 40, 55)))
+    span("forward", 10, 60, lambda: (span("linear", 10, 40), span("attention", 40, 55)))
     span("sample", 60, 80, lambda: span("logits", 60, 75))
     frontend = threading.Thread(target=lambda: span("detokenize", 0, 7))
     frontend.start()
     frontend.join()
     shares = profile.shares(0.1)
     assert {part: share for part, share in shares.items() if share} == {
-        "scheduling": 0.1, "GEMM": 0.45, "attention": 0.15, "other layers": 0.05, "sampling": 0.05, "rest": 0.2,
+        "scheduling": 0.1, "GEMM": 0.45, "attention": 0.15, "other ops": 0.05, "sampling": 0.05, "rest": 0.2,
         BESIDE: 0.07}
 
 
 def test_a_chrome_trace_has_every_span_with_its_thread(tmp_path):
-    with Profile() as profile, Span("layers"), Span("attention"):
+    with Profile() as profile, Span("forward"), Span("attention"):
         pass
     profile.write_chrome_trace(tmp_path / "trace.json")
     inner, outer = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert [inner["name"], outer["name"]] == ["attention", "layers"]
+    assert [inner["name"], outer["name"]] == ["attention", "forward"]
     assert outer["ts"] <= inner["ts"]
     assert inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + 0.001
     assert inner["ph"] == "X"

@@ -98,6 +98,18 @@ class Sampler:
             logprobs = dict(zip(asking, entries, strict=True))
         return [Sampled(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
 
+    def take_the_best(self, values: torch.Tensor, columns: torch.Tensor) -> tuple[list[int], list[int]]:
+        """As `sample`, of rows of which nothing matters but which logit is the largest: `values` `[R]` float32 and
+        `columns` `[R]` int64 are that of this rank's slice, as `best_tokens` gives them. Returns the token of each row,
+        and, ascending, the rows whose logits are not numbers, whose tokens mean nothing. One
+        collective, none on a single rank."""
+        if self._comm.world_size == 1:
+            highest, token_ids = values.cpu().numpy(), columns.cpu().numpy()
+        else:
+            gathered = self._comm.all_gather_rows(keys.encode(values, columns + self._start)).cpu().numpy().max(axis=0)
+            highest, token_ids = keys.logits_of(gathered).astype(np.float32), keys.token_ids_of(gathered)
+        return token_ids.tolist(), np.flatnonzero(~np.isfinite(highest)).tolist()
+
     def prompt_logprobs(self, logits: torch.Tensor, target_ids: list[int], num_top: int) -> list[TokenLogprobs]:
         """Of `target_ids[i]` at row i, with the `num_top` likeliest tokens there. Two collectives, none if P = 0.
 

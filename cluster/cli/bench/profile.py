@@ -16,14 +16,14 @@ PARTS: dict[str, tuple[str, ...]] = {
     "transport": ("send plan", "send deltas"),
     "block moves": ("move blocks",),
     "batch": ("build batch",),
-    "embedding": ("embedding",),
+    "embedding": ("embedding", "take_rows"),
     "GEMM": ("linear", "logits"),
     "attention": ("attention",),
     "all-reduce": ("all_reduce",),
     "cache write": ("cache_write", "quantization"),
     "norms, rotary, activations": ("norm", "rotation", "activation"),
-    "other layers": ("layers",),
-    "sampling": ("sample",),
+    "other ops": ("forward",),
+    "sampling": ("sample", "best_tokens"),
 }
 """Of spans, each without those inside it. What the engine's thread does in none of them is the rest."""
 BESIDE = "detokenization (beside the engine)"
@@ -62,7 +62,7 @@ class Profile:
     def shares(self, seconds: float) -> dict[str, float]:
         """Of a run of so many seconds, by the names of `PARTS`; `rest` makes them one. Then what went on beside."""
         threads: list[Mapping[str, float]] = list(self._seconds.values())
-        engine = next((spans for spans in threads if "layers" in spans), {})
+        engine = next((spans for spans in threads if "forward" in spans), {})
         # With several ranks the scheduler has a thread of its own.
         scheduler = next((spans for spans in threads if "schedule" in spans), {})
         merged = {**scheduler, **engine}

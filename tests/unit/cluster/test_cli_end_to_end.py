@@ -121,7 +121,7 @@ def test_throughput_tells_where_its_time_went(run, model, trace, tmp_path):
     assert sum(shares[part] for part in parts) == pytest.approx(1, abs=0.01)
     assert all(shares[part] > 0 for part in ("GEMM", "attention", "sampling", "scheduling", "batch", "rest", beside))
     names = {event["name"] for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"]}
-    assert names >= {"schedule", "layers", "linear", "logits", "sample", "detokenize", "send deltas"}
+    assert names >= {"schedule", "forward", "linear", "best_tokens", "sample", "detokenize", "send deltas"}
 
 
 def test_a_profile_of_other_processes_is_refused(run, model, trace, tmp_path):

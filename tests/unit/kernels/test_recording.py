@@ -14,6 +14,7 @@ from kvarto.kernels import (
     NotRecordableError,
     Recording,
     available_backends,
+    best_tokens,
     gated,
     linear,
     op_times,
@@ -21,6 +22,7 @@ from kvarto.kernels import (
     paged_attention,
     rms_norm,
     rotate,
+    take_rows,
     write_kv,
 )
 
@@ -32,10 +34,13 @@ pytestmark = pytest.mark.skipif(len(available_backends()) == 1, reason="there ar
 
 @dataclass
 class Step:
+    token_ids: Tensor
+    positions: Tensor
     query_start_loc: Tensor
     kv_lens: Tensor
     block_tables: list[Tensor]
     slot_mapping: list[Tensor]
+    sampled_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     filled_blocks: list[Tensor] = field(default_factory=list)
 
 
@@ -48,8 +53,10 @@ def make_step(counts: list[int], held: list[int]) -> Step:
         slots += [first * BLOCK_SIZE + row for row in range(rows, rows + count)]
         first += num_blocks
     width = max(map(len, tables))
+    token_ids = torch.arange(sum(counts)) * 5 % MAX_TOKENS
+    positions = torch.cat([torch.arange(rows, rows + count) for rows, count in zip(held, counts, strict=True)])
     return Step(
-        torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32),
+        token_ids, positions, torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32),
         torch.tensor([rows + count for rows, count in zip(held, counts, strict=True)], dtype=torch.int32),
         [torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)],
         [torch.tensor(slots)])
@@ -108,7 +115,7 @@ def test_a_replay_gives_the_bits_of_the_ops_one_by_one(dtype: torch.dtype) -> No
         expected, written = layers(tokens.clone(), step), layers.cache.clone()
         layers.cache.copy_(cache)
         x[:len(tokens)] = tokens
-        recording.replay(step, len(tokens))
+        recording.replay(step)
         assert torch.equal(out[:len(tokens)], expected)
         assert torch.equal(layers.cache, written)
 
@@ -153,11 +160,43 @@ def test_a_replay_raises_what_its_ops_raise() -> None:
     step = make_step([2, 3], [0, 0])
     step.slot_mapping[0][3] = NUM_BLOCKS * BLOCK_SIZE
     with pytest.raises(ValueError, match="slot of token 3"):
-        recording.replay(step, 5)
+        recording.replay(step)
     step = make_step([2, 3], [0, 0])
     step.block_tables[0][1, 0] = -1
     with pytest.raises(ValueError, match="block_tables: sequence 1"):
-        recording.replay(step, 5)
+        recording.replay(step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_go_by_a_steps_tokens_and_sampled_rows_have_ops_of_their_own(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    embedding, head = torch.randn(MAX_TOKENS, HIDDEN).to(dtype), pack_linear(torch.randn(300, HIDDEN).to(dtype))
+    angles, weight = torch.randn(64, 3), torch.randn(HIDDEN).to(dtype)
+
+    def forward(step: Step) -> tuple[Tensor, ...]:
+        x = take_rows(embedding, step.token_ids, first=2, partial=True, scale=1.75)
+        turns = take_rows(angles, step.positions)
+        hidden = rms_norm(x, weight, 1e-5)
+        return hidden, turns, *best_tokens(linear(take_rows(hidden, step.sampled_rows), head))
+
+    recording, longest = Recording(), make_step([MAX_TOKENS], [0])
+    longest.sampled_rows = torch.zeros(4, dtype=torch.int64)
+    with torch.inference_mode(), recording.record(longest):
+        recorded = forward(longest)
+    for sampled in ([0, 5, 25], [3], [], [25, 0, 0, 1]):
+        step = make_step([5, 1, 20], [0, 9, 3])
+        step.sampled_rows = torch.tensor(sampled, dtype=torch.int64)
+        with torch.inference_mode():
+            for out in recorded[2:]:
+                out.fill_(7)
+        recording.replay(step)
+        expected = forward(step)
+        for found, wanted in zip(recorded, expected, strict=True):
+            assert torch.equal(found[:len(wanted)], wanted)
+        assert all((out[len(sampled):] == 7).all() for out in recorded[2:])
+    step.positions[1] = 64
+    with pytest.raises(ValueError, match="index: entry 1 names no row"):
+        recording.replay(step)
 
 
 def test_other_threads_are_not_recorded() -> None:
@@ -180,7 +219,7 @@ def test_ops_are_timed_by_kind_where_somebody_asks(replays: bool) -> None:
     with op_times() as taken:
         for _ in range(20):
             if replays:
-                recording.replay(make_step([MAX_TOKENS], [0]), MAX_TOKENS)
+                recording.replay(make_step([MAX_TOKENS], [0]))
             else:
                 layers(tokens, make_step([MAX_TOKENS], [0]))
     passed = time.perf_counter_ns() - started

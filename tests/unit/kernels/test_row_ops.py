@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvarto.kernels import activate, best_tokens, gated, rms_norm, rotate
+from kvarto.kernels import activate, best_tokens, gated, rms_norm, rotate, take_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("backend")
@@ -154,3 +154,31 @@ def test_the_best_token_among_what_is_not_finite(dtype: torch.dtype) -> None:
     assert ids[:3].tolist() == [2100, 7, 0]
     assert ids[3:].tolist() == [int(logits[3, :5].argmax()), 2499, 1000]
     assert torch.equal(values[3:], logits[[3, 4, 5], ids[3:]].float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 17, 576])
+@pytest.mark.parametrize("scale", [1.0, 7.375])
+def test_rows_of_a_table_are_taken_as_they_are_or_scaled_and_rounded_once(
+    dim: int, dtype: torch.dtype, scale: float,
+) -> None:
+    table = torch.randn(50, dim).to(dtype)
+    index = torch.randint(0, 50, (200,))
+    assert torch.equal(take_rows(table, index, scale=scale), (table[index].double() * scale).to(dtype))
+    shifted = take_rows(table, index + 3, first=23, partial=True, scale=scale)
+    expected = take_rows(table, (index - 20).clamp(min=0), scale=scale)
+    expected[index < 20] = 0
+    assert torch.equal(shifted, expected)
+    assert take_rows(table, index[:0]).shape == (0, dim)
+
+
+@pytest.mark.parametrize("entry", [-1, 50, 2**40, -(2**63)])
+def test_an_index_that_names_no_row_is_refused(entry: int) -> None:
+    table, index = torch.randn(50, 4), torch.tensor([3, entry, 7])
+    with pytest.raises(ValueError, match=r"index: .*(1 names no row|out of range|names no row)"):
+        take_rows(table, index)
+    assert take_rows(table, index, partial=True).isfinite().all()
+    with pytest.raises(TypeError, match=r"index must be torch\.int64"):
+        take_rows(table, index.int())
+    with pytest.raises(ValueError, match="table must be contiguous"):
+        take_rows(table.T, index)

@@ -131,7 +131,7 @@ class Driver:
             slot_mapping=[torch.cat([row[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
                                      for row, at in zip(table, positions, strict=True)]) for table in tables],
         )
-        local = self.decoder.logits(self.decoder.forward(batch, self.caches)).float()
+        local = self.decoder.logits(self.decoder.forward(batch, self.caches)[0]).float()
         padded = torch.nn.functional.pad(local, (0, max(self.widths) - local.shape[1]))
         gathered = self.comm.all_gather_rows(padded)
         whole = torch.cat([rows[:, :width] for rows, width in zip(gathered, self.widths, strict=True)], dim=1)

@@ -107,3 +107,24 @@ def test_rows_that_are_not_numbers_fail_and_the_others_go_on(model, tp_size):
     assert [token.seq_id for token in result.tokens] == [4, 6]
     assert of(result, 4) == alone(model[0], 1, tp_size=tp_size)[0]
     assert of(result, 6) == alone(model[0], 1, seq_index=1, tp_size=tp_size)[0]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_rows_that_are_not_numbers_fail_where_all_take_the_best(model, tp_size):
+    greedy = SamplingParams(temperature=0.0, max_tokens=30)
+
+    def run(prompts):
+        driver = Driver(model[0], tp_size, max_num_seqs=8)
+        return driver.run(
+            starts=[start(seq_id, greedy, tokens=tokens) for seq_id, tokens in prompts.items()],
+            steps=[step(seq_id, 20, new_block_ids=[[3 * seq_id, 3 * seq_id + 1, 3 * seq_id + 2]])
+                   for seq_id in prompts])
+
+    bad = [*PROMPT[:-1], BAD_TOKEN]
+    result = run({1: bad, 2: PROMPT, 3: bad, 4: PROMPT[::-1]})
+    assert [failure.seq_id for failure in result.failures] == [1, 3]
+    assert [token.seq_id for token in result.tokens] == [2, 4]
+    assert result.tokens == run({2: PROMPT, 4: PROMPT[::-1]}).tokens
+    logprobs = dense_logprobs(model[1], PROMPT)
+    assert result.tokens[0].token_id == int(logprobs.argmax())
+    assert run({1: bad}).tokens == []

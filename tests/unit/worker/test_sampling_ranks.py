@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from kvarto.kernels import best_tokens
 from kvarto.protos.sampling import SamplingParams
 from kvarto.worker.sampling import NonFiniteLogitsError, Sampler
 from kvarto.worker.sampling.philox import uniforms
@@ -282,6 +283,29 @@ def test_rows_with_bad_numbers_are_named(value, column):
     with pytest.raises(NonFiniteLogitsError) as caught:
         sample(logits, requests, world_size=3)
     assert caught.value.rows == [1, 3]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_best_of_every_rank_is_what_greedy_sampling_takes(world_size):
+    # So few values that the largest are many, on several ranks.
+    logits = torch.randint(-3, 3, (40, 130), generator=torch.Generator().manual_seed(9)).float()
+    logits[3, 70], logits[5, 1], logits[7] = torch.nan, torch.inf, -torch.inf
+    logits[9, :129] = -torch.inf
+    good = [row for row in range(40) if row not in (3, 5, 7)]
+    bounds = bounds_of(130, world_size)
+
+    def body(comm):
+        start, end = bounds[comm.rank], bounds[comm.rank + 1]
+        sampler = Sampler(comm, vocab_start=start, local_vocab=end - start)
+        return *sampler.take_the_best(*best_tokens(logits[:, start:end])), comm.num_gathers
+
+    (token_ids, bad, num_gathers), *others = on_ranks(world_size, body)
+    assert all(other == (token_ids, bad, num_gathers) for other in others)
+    assert bad == [3, 5, 7]
+    assert num_gathers == (world_size > 1)
+    greedy = request(temperature=0.0)
+    assert [token_ids[row] for row in good] == ids(logits[good], [greedy] * len(good), world_size=world_size)
+    assert [token_ids[row] for row in good] == [row.tolist().index(row.max()) for row in logits[good]]
 
 
 def test_logits_of_the_wrong_shape_or_dtype_are_refused():

@@ -1,4 +1,4 @@
-"""The span of a step's layers, with what their native ops take."""
+"""The span of a step's forward pass, with what its native ops take."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..protos.spans import Span, heard, tell
 
 
 @contextmanager
-def layers_span() -> Iterator[None]:
-    """`layers`, and within it a span for each kind of op: its sum over all layers, one kind behind the other."""
+def forward_span() -> Iterator[None]:
+    """`forward`, and within it a span for each kind of op: its sum over all layers, one kind behind the other."""
     if not heard():
         yield
         return
-    with Span("layers"):
+    with Span("forward"):
         at_ns = time.perf_counter_ns()
         with op_times() as taken:
             yield
