@@ -115,7 +115,7 @@ def run_steps(decoder: Decoder, sequences: list[list[int]], dtype=torch.float32)
     cache, done = empty_cache(decoder, dtype), [0] * len(sequences)
     rows: list[list[torch.Tensor]] = [[] for _ in sequences]
     for counts in STEPS:
-        logits = decoder.logits(decoder.forward(make_batch(sequences, done, counts), [cache]))
+        logits = decoder.logits(decoder.forward(make_batch(sequences, done, counts), [cache])[0])
         for s, part in enumerate(logits.split(list(counts))):
             rows[s].append(part)
         done = [before + count for before, count in zip(done, counts, strict=True)]
