@@ -1,7 +1,5 @@
 """How near decode attention comes to the memory it reads: bytes of K and V per second over the read bandwidth measured
-in the same round, at several block sizes, and against vLLM's op where its environment is given. All layers are one
-native call, as in a step of the engine; beside vLLM's op, which Python calls for every layer, ours is called so too.
-Prints JSON lines.
+in the same round, at several block sizes, and against vLLM's op where its environment is given. Prints JSON lines.
 
 Usage: python tests/benchmarks/decode_bandwidth.py [--vllm-python PATH] [--rounds N] [--dtype bfloat16 | int8 | fp8]
 """
@@ -21,9 +19,8 @@ from typing import IO, Any, Self
 
 import torch
 
-from kvarto.kernels import Recording, backend, paged_attention
+from kvarto.kernels import backend, paged_attention
 from kvarto.kernels.kv_layout import FP8, codes_and_scales, row_elements
-from kvarto.worker.batch import ForwardBatch
 from kvarto.worker.pool_memory import empty_pool
 
 BATCH, CONTEXT, LAYERS = 16, 4096, 8
@@ -59,24 +56,14 @@ class Ours:
             codes, scales = codes_and_scales(self.cache)
             codes.view(torch.uint8).random_()
             scales.fill_(0.02)
+        self.tables = torch.randperm(num_blocks).int().view(BATCH, -1)
         self.query = torch.randn(BATCH, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16)
-        nowhere = torch.zeros(BATCH, dtype=torch.int64)
-        self.batch = ForwardBatch(
-            token_ids=nowhere, positions=nowhere, query_start_loc=torch.arange(BATCH + 1, dtype=torch.int32),
-            kv_lens=torch.full((BATCH,), CONTEXT, dtype=torch.int32),
-            block_tables=[torch.randperm(num_blocks).int().view(BATCH, -1)], slot_mapping=[nowhere])
-        self.recording = Recording()
-        with self.recording.record(self.batch):
-            self.call_each_layer()
-
-    def call_each_layer(self) -> None:
-        batch = self.batch
-        for layer in range(LAYERS):
-            paged_attention(self.query, self.cache, layer, batch.block_tables[0], batch.query_start_loc, batch.kv_lens,
-                            HEAD_DIM**-0.5)
+        self.starts = torch.arange(BATCH + 1, dtype=torch.int32)
+        self.lens = torch.full((BATCH,), CONTEXT, dtype=torch.int32)
 
     def run(self) -> None:
-        self.recording.replay(self.batch)
+        for layer in range(LAYERS):
+            paged_attention(self.query, self.cache, layer, self.tables, self.starts, self.lens, HEAD_DIM**-0.5)
 
 
 class Peer:
@@ -136,7 +123,6 @@ def main() -> None:
             rate = kv_bytes["ours"] / median_s(ours.run)
             seen[f"ours {block_size}"].append(rate)
             seen[f"share {block_size}"].append(rate / reads)
-            seen[f"by layer {block_size}"].append(kv_bytes["ours"] / median_s(ours.call_each_layer))
             del ours
             if peer:
                 seen[f"peer {block_size}"].append(kv_bytes["peer"] / peer.ask(block_size)["seconds"])
@@ -146,11 +132,10 @@ def main() -> None:
     best = max((middle[f"peer {size}"] for size in BLOCK_SIZES), default=0.0) if peer else None
     for size in BLOCK_SIZES:
         row = {"block_size": size, "gb_per_s": round(middle[f"ours {size}"] / 1e9, 1),
-               "of_read": round(middle[f"share {size}"], 2), "bar": BAR,
-               "gb_per_s_by_layer": round(middle[f"by layer {size}"] / 1e9, 1)}
+               "of_read": round(middle[f"share {size}"], 2), "bar": BAR}
         if best is not None:
             row["vllm_gb_per_s"] = round(middle[f"peer {size}"] / 1e9, 1)
-            row["over_vllm_best"] = round(middle[f"by layer {size}"] / best, 2)
+            row["over_vllm_best"] = round(middle[f"ours {size}"] / best, 2)
         print(json.dumps(row))
     if peer:
         peer.__exit__()
